@@ -1,0 +1,42 @@
+"""optimum-stat: structured pruning of transformers. `STATPruner.from_pretrained(...).prune(dataset)`.
+
+Importing this package is cheap (no torch, no transformers) and lets transformers load pruned models from then on.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+
+from . import autoload
+
+TYPE_CHECKING = False  # as typing has it, without the time to import typing at every start of Python
+if TYPE_CHECKING:
+    from typing import Any
+
+    from .config import PruningConfig as PruningConfig
+    from .methods.stat import STATConfig as STATConfig
+    from .methods.stat import STATPruner as STATPruner
+    from .pruner import Pruner as Pruner
+
+__version__ = "0.1.0.dev0"
+_HOME = {
+    "Pruner": "pruner",
+    "PruningConfig": "config",
+    "STATConfig": "methods.stat",
+    "STATPruner": "methods.stat",
+}
+__all__ = ["Pruner", "PruningConfig", "STATConfig", "STATPruner", "__version__"]
+
+
+def __getattr__(name: str) -> Any:
+    """Import public names on first use (PEP 562)."""
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f".{_HOME[name]}", __name__), name)
+
+
+def __dir__() -> list[str]:
+    return __all__
+
+
+autoload.install()

@@ -1,0 +1,137 @@
+"""What a unit costs, and how many units of each group fit into the budget."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+import numpy as np
+from torch import Tensor, nn
+
+from .families import Group, find_blocks, find_groups, is_causal, sliding_window, weight
+
+
+@dataclass(frozen=True)
+class Ranking:
+    """The one contract between a method and the allocator."""
+
+    order: Mapping[str, Tensor]
+    """Group name -> its units, best first: [units]."""
+    error: Mapping[str, Tensor]
+    """Group name -> the loss if the first k units are kept: [units + 1], non-increasing, last entry 0, one unit for all."""
+
+
+def unit_cost(model: nn.Module, group: Group, budget: str, seq_len: int) -> int:
+    """What one unit of `group` costs.
+
+    "params": its rows of the producers with their biases, its columns of the consumer.
+    "macs": multiply-adds for one example of `seq_len` tokens: the same matrices once per token, and for heads the two
+    attention products, `2 * context * head_dim` per query head and token, where `context` is the mean number of tokens
+    that a token attends to (`seq_len`; `(seq_len + 1) / 2` under a causal mask; fewer in a sliding window).
+    Norms, softmax and biases are not counted as MACs. Source: Kwon et al. 2022, appendix, for encoders.
+    """
+    matrices = sum(weight(p.linear).numel() for p in group.producers) + weight(group.consumer).numel()
+    if budget == "params":
+        biases = sum(p.linear.bias.numel() for p in group.producers if isinstance(p.linear.bias, Tensor))
+        return (matrices + biases) // group.units
+    attended = attended_pairs(model, group.block, seq_len) if group.structure == "heads" else 0
+    return matrices // group.units * seq_len + 2 * group.width * attended
+
+
+def attended_pairs(model: nn.Module, block: int, seq_len: int) -> int:
+    """Pairs (token, token it attends to) in one example of `seq_len` tokens."""
+    window = min(sliding_window(model.config, block) or seq_len, seq_len)
+    if not is_causal(model):
+        return seq_len * window
+    return window * (window + 1) // 2 + (seq_len - window) * window
+
+
+def model_cost(model: nn.Module, budget: str, seq_len: int) -> int:
+    """What all transformer blocks cost: every unit, and for "params" also norms, consumers' biases and the like."""
+    if budget == "params":
+        return sum(parameter.numel() for parameter in find_blocks(model).parameters())
+    return sum(unit_cost(model, group, budget, seq_len) * group.units for group in find_groups(model))
+
+
+def options(group: Group, round_to: int) -> list[int]:
+    """The sizes `group` may end with: all units, or fewer that make its width a multiple of `round_to`; never 0.
+
+    Heads count one by one: their width is a matter of the dense model.
+    """
+    step = 1 if group.structure == "heads" else min(round_to, group.units)
+    return sorted({*range(step, group.units, step), group.units})
+
+
+def allocate(
+    error: Mapping[str, Tensor],
+    unit_costs: Mapping[str, int],
+    sizes: Mapping[str, Sequence[int]],
+    limit: float,
+) -> dict[str, int]:
+    """Units to keep per group: minimise `sum error[g][k_g]` subject to `sum k_g * unit_costs[g] <= limit`.
+
+    Lagrangian relaxation on the lower convex hull of every group's error curve, solved exactly by taking the hull's
+    segments in the order of error saved per cost; then the rest of the budget is filled with the best step that still
+    fits, until none does. So the result is never above the limit, what is left is less than the smallest next step of
+    any group, and its error exceeds the optimum by no more than what one segment saves.
+
+    Raises:
+        ValueError: even the smallest sizes cost more than the limit.
+    """
+    curves = {name: _Curve.of(error[name], unit_costs[name], sizes[name]) for name in error}
+    at = dict.fromkeys(curves, 0)  # position in each group's list of sizes
+    spare = limit - sum(curve.cost[0] for curve in curves.values())
+    if spare < 0:
+        raise ValueError(
+            f"The budget leaves {limit:,.0f} for heads and neurons, but the smallest plan costs {limit - spare:,.0f}: "
+            "one head and one step of neurons in every block. Keep more."
+        )
+    segments = sorted(segment for group, curve in curves.items() for segment in curve.hull(group))
+    for _, name, start, stop in segments:
+        step = curves[name].cost[stop] - curves[name].cost[start]
+        if step > spare:
+            break
+        at[name], spare = stop, spare - step
+    while best := max((c.best_step(name, at[name], spare) for name, c in curves.items()), default=None):
+        _, name, stop = best
+        if stop == at[name]:
+            break
+        spare -= curves[name].cost[stop] - curves[name].cost[at[name]]
+        at[name] = stop
+    return {name: int(curve.sizes[at[name]]) for name, curve in curves.items()}
+
+
+@dataclass(frozen=True)
+class _Curve:
+    """One group's choices: sizes in ascending order, with what each costs and the error it leaves."""
+
+    sizes: np.ndarray
+    cost: np.ndarray
+    error: np.ndarray
+
+    @classmethod
+    def of(cls, error: Tensor, unit_cost: int, sizes: Sequence[int]) -> _Curve:
+        at = np.asarray(sizes)
+        return cls(at, at * unit_cost, error.double().cpu().numpy()[at])
+
+    def hull(self, name: str) -> list[tuple[float, str, int, int]]:
+        """(minus error saved per cost, name, from, to) along the lower convex hull, steepest first."""
+        points = [0]
+        for i in range(1, len(self.sizes)):
+            while len(points) > 1 and self._slope(points[-2], points[-1]) >= self._slope(points[-2], i):
+                points.pop()
+            points.append(i)
+        return [(self._slope(a, b), name, a, b) for a, b in pairwise(points)]
+
+    def best_step(self, name: str, now: int, spare: float) -> tuple[float, str, int]:
+        """(error saved per cost, name, to) of the best larger size that costs at most `spare` more."""
+        extra = self.cost[now + 1 :] - self.cost[now]
+        fits = int(np.searchsorted(extra, spare, side="right"))
+        if not fits:
+            return -np.inf, name, now
+        gain = (self.error[now] - self.error[now + 1 : now + 1 + fits]) / extra[:fits]
+        return float(gain.max()), name, now + 1 + int(gain.argmax())
+
+    def _slope(self, a: int, b: int) -> float:
+        return float((self.error[b] - self.error[a]) / (self.cost[b] - self.cost[a]))

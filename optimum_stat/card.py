@@ -1,0 +1,105 @@
+"""The model card that goes with a pruned model: rendered from its recipe, nothing written by hand."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from importlib import resources
+from typing import Any
+
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
+
+TASK_OF_HEAD = {
+    "CausalLM": "text-generation",
+    "LMHeadModel": "text-generation",
+    "MaskedLM": "fill-mask",
+    "SequenceClassification": "text-classification",
+    "TokenClassification": "token-classification",
+    "QuestionAnswering": "question-answering",
+}
+
+
+@dataclass(frozen=True)
+class Paper:
+    """The publication a method implements."""
+
+    title: str
+    authors: str
+    year: int
+    arxiv: str
+
+    @property
+    def url(self) -> str:
+        """Where to read it."""
+        return f"https://arxiv.org/abs/{self.arxiv}"
+
+    @property
+    def bibtex(self) -> str:
+        """An entry for a bibliography."""
+        key = self.title.partition(":")[0].split()[0].lower()
+        return (
+            f"@misc{{{key}{self.year},\n  title = {{{self.title}}},\n  author = {{{' and '.join(self.authors.split(', '))}}},\n"
+            f"  year = {{{self.year}}},\n  eprint = {{{self.arxiv}}},\n  archivePrefix = {{arXiv}},\n}}"
+        )
+
+
+def render(recipe: dict[str, Any], repo_id: str, paper: Paper) -> str:
+    """The card's text. `recipe` is what `checkpoint.make_recipe` returns, or `stat_recipe.json` read back."""
+    report = recipe["report"]
+    task = next((task for head, task in TASK_OF_HEAD.items() if head in recipe["architecture"]), "feature-extraction")
+    data = ModelCardData(
+        base_model=recipe["base_model"] if _is_hub_id(recipe["base_model"]) else None,
+        library_name="transformers",
+        pipeline_tag=task,
+        tags=["optimum", "optimum-stat", "pruned", "structured-pruning", recipe["method"]],
+        model_name=repo_id.rpartition("/")[2],
+        eval_results=_results(recipe, task) or None,
+    )
+    card = ModelCard.from_template(
+        data,
+        template_str=(resources.files("optimum_stat") / "card_template.md").read_text(),
+        repo_id=repo_id,
+        task=task,
+        recipe=recipe,
+        report=report,
+        paper=paper,
+        auto_class=_auto_class(recipe["architecture"]),
+        layers=_layers(report["groups"]),
+        config_json=json.dumps(recipe["config"]),
+        asks={name: value for name, value in recipe["config"].items() if value is not None},
+    )
+    return str(card)
+
+
+def _is_hub_id(source: str | None) -> bool:
+    return source is not None and source.count("/") <= 1 and not source.startswith((".", "/", "~"))
+
+
+def _results(recipe: dict[str, Any], task: str) -> list[EvalResult]:
+    return [
+        EvalResult(
+            task_type=task,
+            dataset_type=metric["dataset"],
+            dataset_name=metric["dataset"],
+            metric_type=metric["name"],
+            metric_value=metric["value"],
+        )
+        for metric in recipe["metrics"]
+    ]
+
+
+def _auto_class(architecture: str) -> str:
+    heads = {"LMHeadModel": "CausalLM"}
+    for head in TASK_OF_HEAD:
+        if architecture.endswith(head):
+            return f"AutoModelFor{heads.get(head, head)}"
+    return "AutoModel"
+
+
+def _layers(groups: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """One row a block: {"block": i, "heads": "9 of 12", "neurons": "1,024 of 1,536"}."""
+    rows: dict[int, dict[str, Any]] = {}
+    for group in groups:
+        block, _, structure = group["name"].partition(".")
+        rows.setdefault(int(block), {"block": int(block)})[structure] = f"{group['kept']:,} of {group['units']:,}"
+    return list(rows.values())

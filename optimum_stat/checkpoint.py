@@ -1,0 +1,223 @@
+"""Load a model to prune; save and push a pruned one so that anyone can load it."""
+
+from __future__ import annotations
+
+import copy
+import json
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib import metadata
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+import transformers
+from huggingface_hub import HfApi, get_token
+from huggingface_hub.errors import HfHubHTTPError
+from torch import nn
+from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from . import card, remote_code
+from .structure import KEY, describe
+
+if TYPE_CHECKING:
+    from .pruner import Pruner
+
+RECIPE = "stat_recipe.json"
+TASKS = {
+    "feature-extraction": "AutoModel",
+    "fill-mask": "AutoModelForMaskedLM",
+    "question-answering": "AutoModelForQuestionAnswering",
+    "text-classification": "AutoModelForSequenceClassification",
+    "text-generation": "AutoModelForCausalLM",
+    "token-classification": "AutoModelForTokenClassification",
+}
+CONFIG_ARGUMENTS = ("revision", "gguf_file", "trust_remote_code", "token", "cache_dir", "subfolder", "local_files_only")
+
+
+def load(
+    model_or_path: str | Path | PreTrainedModel,
+    *,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    task: str | None = None,
+    **kwargs: Any,
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | None, str | None]:
+    """(model, tokenizer, where it came from); `kwargs` go to `AutoModel....from_pretrained`."""
+    if isinstance(model_or_path, nn.Module):
+        if kwargs or task:
+            names = ", ".join([*kwargs, *(["task"] if task else [])])
+            raise TypeError(f"{names} asked for a model that is loaded already; load it with them, or pass its path.")
+        return model_or_path, tokenizer, getattr(model_or_path, "name_or_path", None) or None
+    path = str(model_or_path)
+    shared = {name: kwargs[name] for name in CONFIG_ARGUMENTS if name in kwargs}
+    model = _auto_class(path, task, shared).from_pretrained(path, **kwargs)
+    if "gguf_file" in kwargs:
+        _forget_gguf(model)
+    if tokenizer is None:
+        tokenizer = _tokenizer(path, shared)
+    return model, tokenizer, "/".join(filter(None, (path, kwargs.get("gguf_file"))))
+
+
+def refuse_quantized(model: nn.Module) -> None:
+    """Raise if the weights are really quantized: they cannot be corrected."""
+    if getattr(model, "is_quantized", False) or getattr(model.config, "quantization_config", None) is not None:
+        method = getattr(model, "quantization_method", None) or "an unknown method"
+        raise ValueError(
+            f"The weights of this model are quantized ({getattr(method, 'value', method)}); pruning has to correct them. "
+            "Load the unquantized model (or model.dequantize() where the method has it), prune it, then quantize the "
+            "pruned model: the two compose in that order."
+        )
+
+
+def save(pruner: Pruner[Any], folder: Path, **kwargs: Any) -> None:
+    """Everything of a pruned model into a new or empty folder; written beside it and renamed at the end."""
+    _refuse_full_folder(folder)
+    check_record(pruner.model)
+    with _written_beside(folder) as beside:
+        write_repo(pruner, beside, **kwargs)
+
+
+def push(
+    pruner: Pruner[Any],
+    repo_id: str,
+    *,
+    private: bool | None = None,
+    token: str | None = None,
+    commit_message: str | None = None,
+    revision: str | None = None,
+    create_pr: bool = False,
+    **kwargs: Any,
+) -> str:
+    """Upload what `save` writes in one commit; returns its address. `kwargs` go to `model.save_pretrained`."""
+    if (token or get_token()) is None:
+        raise ValueError(f"Pushing to {repo_id} needs a token: run `hf auth login`, set HF_TOKEN, or pass token=.")
+    check_record(pruner.model)
+    api = HfApi(token=token)
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            repo = api.create_repo(repo_id, private=private, exist_ok=True)
+            write_repo(pruner, Path(folder), repo_id=repo.repo_id, **kwargs)
+            commit = api.upload_folder(
+                repo_id=repo.repo_id,
+                folder_path=folder,
+                commit_message=commit_message or f"Pruned with optimum-stat ({pruner.method})",
+                revision=revision,
+                create_pr=create_pr,
+            )
+        except (HfHubHTTPError, OSError) as error:
+            raise ConnectionError(
+                f"Pushing to {repo_id} at {api.endpoint} failed: {error}. The repo is as it was before, at most newly "
+                "made; the model is unharmed. Try again, or keep it with save_pretrained(folder)."
+            ) from error
+    return str(commit.commit_url)
+
+
+def write_repo(pruner: Pruner[Any], folder: Path, repo_id: str | None = None, **kwargs: Any) -> None:
+    """Weights, config, tokenizer, recipe, remote-code loader and card."""
+    auto_map = remote_code.write(pruner.model, folder)
+    pruner.model.config.auto_map = auto_map
+    try:
+        pruner.model.save_pretrained(folder, **kwargs)
+    finally:
+        del pruner.model.config.auto_map
+    if pruner.tokenizer is not None:
+        pruner.tokenizer.save_pretrained(folder)
+    recipe = make_recipe(pruner)
+    (folder / RECIPE).write_text(json.dumps(recipe, indent=2) + "\n")
+    (folder / "README.md").write_text(card.render(recipe, repo_id or folder.name, pruner.paper))
+
+
+def make_recipe(pruner: Pruner[Any]) -> dict[str, Any]:
+    """All that is needed to do the run again: method, config, data, versions; and what came of it."""
+    libraries = ("optimum-stat", "torch", "transformers")
+    return {
+        "method": pruner.method,
+        "base_model": pruner.source,
+        "architecture": type(pruner.model).__name__,
+        "config": pruner.config.to_dict(),
+        "record": getattr(pruner.model.config, KEY),
+        "report": pruner.report.to_dict(),
+        "metrics": pruner.metrics,
+        "versions": {name: metadata.version(name) for name in libraries},
+    }
+
+
+def check_record(model: PreTrainedModel) -> None:
+    """Refuse to write what would not load: build the model from its config on the meta device and compare every shape."""
+    if getattr(model.config, KEY, None) is None:
+        raise ValueError("This model has not been pruned: call prune(dataset) first.")
+    if getattr(model.config, KEY) != describe(model):
+        raise ValueError("The model was changed after pruning: its sizes are not those of its record. Prune it anew.")
+    with torch.device("meta"):
+        rebuilt = type(model)(copy.deepcopy(model.config))
+    wanted = {name: tuple(value.shape) for name, value in rebuilt.state_dict().items()}
+    found = {name: tuple(value.shape) for name, value in model.state_dict().items()}
+    wrong = sorted(name for name in wanted.keys() | found.keys() if wanted.get(name) != found.get(name))
+    if wrong:
+        name = wrong[0]
+        raise ValueError(
+            f"{len(wrong)} weights would not load again, {name} first: {found.get(name)} in the model, {wanted.get(name)} "
+            "built from its config. Did something else than optimum-stat change the model's shape?"
+        )
+
+
+def _auto_class(path: str, task: str | None, shared: dict[str, Any]) -> Any:
+    """The class that `config.architectures` names, or the Auto class of `task`."""
+    if task is not None:
+        if task not in TASKS:
+            raise ValueError(f"task={task!r} asked; known are {', '.join(TASKS)}.")
+        return getattr(transformers, TASKS[task])
+    if shared.get("gguf_file"):
+        return transformers.AutoModelForCausalLM
+    architectures = AutoConfig.from_pretrained(path, **shared).architectures
+    if not architectures:
+        raise ValueError(f"config.json of {path} names no architecture; say what it is with task=: {', '.join(TASKS)}.")
+    known = getattr(transformers, architectures[0], None)
+    if known is None:
+        raise ValueError(
+            f"config.json of {path} names {architectures[0]}, which transformers {transformers.__version__} does not have; "
+            f"say what to load with task=: {', '.join(TASKS)}."
+        )
+    return known
+
+
+def _tokenizer(path: str, shared: dict[str, Any]) -> PreTrainedTokenizerBase | None:
+    try:
+        return AutoTokenizer.from_pretrained(path, **shared)
+    except (OSError, ValueError):
+        return None  # a folder without a tokenizer can still be pruned on tokenized data
+
+
+def _forget_gguf(model: PreTrainedModel) -> None:
+    """transformers has dequantized the weights, but still calls the model quantized and refuses to save it."""
+    model.is_quantized = False
+    for name in ("hf_quantizer", "quantization_method"):
+        model.__dict__.pop(name, None)
+    del model.config.quantization_config
+
+
+def _refuse_full_folder(folder: Path) -> None:
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise FileExistsError(f"{folder} exists and is not an empty folder; nothing was written. Choose another place.")
+
+
+@contextmanager
+def _written_beside(folder: Path) -> Iterator[Path]:
+    """A temporary neighbour of `folder` that becomes `folder` if all goes well and vanishes if not."""
+    folder = folder.absolute()
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        beside = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+    except OSError as error:
+        raise type(error)(error.errno, f"cannot write to {folder.parent}: {error.strerror}", str(folder)) from error
+    try:
+        beside.chmod(0o755)  # mkdtemp makes it private; a model folder is not
+        yield beside
+        if folder.exists():
+            folder.rmdir()
+        beside.rename(folder)
+    except BaseException:
+        shutil.rmtree(beside, ignore_errors=True)
+        raise

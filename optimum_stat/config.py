@@ -1,0 +1,60 @@
+"""What every method's configuration shares."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+BUDGETS = ("params", "macs")
+C = TypeVar("C", bound="PruningConfig")
+
+
+@dataclass(frozen=True)
+class PruningConfig:
+    """How much to keep, and on how much data to decide it.
+
+    The budget counts the transformer blocks only: embeddings and the head on top neither count nor change.
+    """
+
+    keep: float = 0.5
+    """Share of the blocks' cost that stays, in (0, 1]. Asked of the whole model, not of each layer."""
+    budget: str = "params"
+    """What `keep` counts: "params", or "macs" (multiply-adds of one example of the calibration data's mean length)."""
+    round_to: int = 8
+    """MLP widths become multiples of this, for the matrix kernels' sake (VTrans, section 5: 8 gives 1.5x, 64 1.75x)."""
+    seq_len: int | None = None
+    """Tokens per example (encoders truncate) or per window (causal language models). None: 512, or what the model takes."""
+    num_tokens: int | None = 65_536
+    """Stop reading data after about this many real tokens. None reads everything."""
+    max_examples: int | None = None
+    """Stop reading data after this many examples (encoders) or windows (causal language models)."""
+    batch_size: int = 8
+    """Examples in one forward pass. Memory for activations grows with it; the result does not depend on it."""
+    seed: int = 0
+    """Of everything a method draws at random."""
+
+    def __post_init__(self) -> None:
+        """Refuse values that no run could honour."""
+        if not 0 < self.keep <= 1:
+            raise ValueError(f"keep={self.keep} asked; it is the share of the model that stays and must lie in (0, 1].")
+        if self.budget not in BUDGETS:
+            raise ValueError(f"budget={self.budget!r} asked; it must be one of {', '.join(map(repr, BUDGETS))}.")
+        for name in ("round_to", "batch_size", "seq_len", "num_tokens", "max_examples"):
+            value = getattr(self, name)
+            if value is not None and (not isinstance(value, int) or value < 1):
+                raise ValueError(f"{name}={value!r} asked; it must be a whole number of at least 1.")
+
+    def to_dict(self) -> dict[str, Any]:
+        """Every field, as plain JSON values."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls: type[C], values: Mapping[str, Any]) -> C:
+        """The inverse of `to_dict`; unknown names are refused."""
+        known = [f.name for f in dataclasses.fields(cls)]
+        unknown = sorted(set(values) - set(known))
+        if unknown:
+            raise ValueError(f"{cls.__name__} has no field {', '.join(unknown)}; it has {', '.join(known)}.")
+        return cls(**values)

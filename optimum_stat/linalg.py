@@ -1,0 +1,177 @@
+"""The matrix routines the methods share: Gram matrices in, orders, error curves and corrections out.
+
+Conventions, everywhere in this file: a linear layer computes `y = z @ W.T` from `z` [tokens, width] with `W` [out, width];
+`gram` = sum over tokens of `z^T z`, [width, width]; a *unit* is a run of `block` neighbouring columns of `z`, so there are
+`width // block` of them. All results are exact functions of second moments, whatever the number of tokens.
+"""
+
+from __future__ import annotations
+
+import torch
+from scipy.linalg.lapack import dpstrf
+from torch import Tensor
+
+PANEL = 32  # removals between two updates of the whole inverse: turns rank-1 updates into matrix products
+POOL = 128  # candidates for these removals
+CHUNK = 2048  # rows whose products may be summed in single precision before they enter a double precision total
+
+
+def add_to_gram(gram: Tensor, rows: Tensor) -> None:
+    """Add `rows^T rows` to `gram` [width, width] in place; call `symmetrize` once after the last addition.
+
+    Products in the rows' precision over at most 2,048 rows at a time, sums in the Gram matrix's (float64): single
+    precision loses its digits inside long sums. Only blocks on and above the diagonal are computed.
+    """
+    width, panel = rows.shape[1], max(256, -(-rows.shape[1] // 6))
+    for chunk in torch.split(rows, CHUNK):
+        for start in range(0, width, panel):
+            stop = min(start + panel, width)
+            gram[start:stop, start:] += chunk[:, start:stop].T @ chunk[:, start:]
+
+
+def symmetrize(gram: Tensor) -> Tensor:
+    """Copy the upper triangle onto the lower one, in place."""
+    lower = torch.ones_like(gram, dtype=torch.bool).tril_(-1)
+    gram[lower] = gram.T[lower]
+    return gram
+
+
+def damped(gram: Tensor, ridge: float) -> Tensor:
+    """`gram + ridge * diag(gram)`, with a floor for dead columns so that the result can be inverted.
+
+    Proportional to the diagonal, not to its mean: one massive column would otherwise drown all others.
+    """
+    diagonal = gram.diagonal()
+    floor = diagonal.max().clamp_min(torch.finfo(gram.dtype).tiny) * 1e-12
+    return gram + torch.diag(ridge * diagonal + floor)
+
+
+def least_squares_map(gram: Tensor, keep: Tensor, ridge: float = 0.0) -> Tensor:
+    """T [kept, width] minimising `||z - z[:, keep] T||^2 + ridge ||diag(gram)^(1/2) (I - E T)||^2`; T[:, keep] is the identity.
+
+    The corrected layer is `W @ T.T`, for any weighting of the output (W only multiplies T from outside).
+    Source: STAT's interpolation matrix `[I, R11^-1 R12]`, in normal equations; `ridge` is our addition.
+    """
+    width = gram.shape[0]
+    gone = torch.ones(width, dtype=torch.bool, device=gram.device).index_fill_(0, keep, False).nonzero().flatten()
+    result = torch.zeros(len(keep), width, dtype=gram.dtype, device=gram.device)
+    result[torch.arange(len(keep), device=gram.device), keep] = 1
+    result[:, gone] = solve_psd(damped(gram[keep][:, keep], ridge), gram[keep][:, gone])
+    return result
+
+
+def solve_psd(matrix: Tensor, right: Tensor) -> Tensor:
+    """`matrix^-1 right` for a symmetric positive semi-definite matrix; its null space, if any, is left out."""
+    factor, info = torch.linalg.cholesky_ex(matrix)
+    if int(info) == 0:
+        return torch.cholesky_solve(right, factor)
+    values, vectors = torch.linalg.eigh(matrix)
+    inverse = torch.where(values > values[-1] * len(values) * torch.finfo(matrix.dtype).eps, 1 / values, 0)
+    return vectors @ (inverse[:, None] * (vectors.T @ right))
+
+
+def pivoted_cholesky(gram: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Column-pivoted QR of the activations, from their Gram matrix: `(order [width], pivots [width], residual [width + 1])`.
+
+    `pivots[k] = |R_kk|` and `residual[k] = ||R[k:, k:]||_F`, the error of all columns when the first k of `order` are kept.
+    Columns beyond the numerical rank come last, with zeros.
+    Source: LAPACK dpstrf, which chooses pivots as QR does because `gram = R^T R` (STAT selects neurons this way).
+    """
+    factor, order, rank, info = dpstrf(gram.double().cpu().numpy(), lower=1)
+    if info < 0:
+        raise ValueError(f"The Gram matrix is not finite or not square: LAPACK dpstrf refused argument {-info}.")
+    lower = torch.from_numpy(factor).tril()
+    lower[:, rank:] = 0
+    energy = torch.cat([lower.square().sum(0), lower.new_zeros(1)])
+    residual = energy.flip(0).cumsum(0).flip(0).sqrt()
+    return torch.from_numpy(order.astype("int64")) - 1, lower.diagonal().clone(), residual
+
+
+def error_curve(gram: Tensor, weight: Tensor, order: Tensor) -> Tensor:
+    """Error left when the first k columns of `order` are kept, every k at once, corrections included: [width + 1].
+
+    `error[k] = min_V ||z W^T - z[:, order[:k]] V^T||^2`. With `gram[order][:, order] = L L^T` and `Q = L^T W^T[order]`
+    it is `sum_{i >= k} ||Q_i||^2`: one factorisation for the whole curve.
+    """
+    factor = torch.linalg.cholesky(damped(gram, 0.0)[order][:, order])
+    lost = (factor.T @ weight.T[order]).square().sum(1)
+    return torch.cat([lost.flip(0).cumsum(0).flip(0), lost.new_zeros(1)])
+
+
+def backward_elimination(gram: Tensor, weight: Tensor, block: int = 1, ridge: float = 0.0) -> tuple[Tensor, Tensor]:
+    """Remove unit after unit, each time the one whose removal costs least after the best correction of those left.
+
+    gram: [width, width], weight: [out, width]. Returns `(order [units], error [units + 1])`, best unit first;
+    `error[k]` is the squared output error with the first k units kept and corrected (plus the ridge's own penalty on
+    the change of weight). With `H = gram^-1` and weights optimal for the units left, removing block B costs exactly
+    `tr(W_B^T (H_BB)^-1 W_B)`. A metric on the output enters through `weight`: pass `M^(1/2) W`.
+
+    Greedy over all units while there are at most 128 of them, else over the 128 that are cheapest at the start of every
+    32 removals; the costs are exact in either case.
+    Source: optimal brain surgeon for structures (ZipLM, 2302.04089, section 3), in the order-recursive form.
+    """
+    inverse = torch.cholesky_inverse(torch.linalg.cholesky(damped(gram, ridge)))
+    rows = weight.T.to(gram.dtype).clone()
+    left, removed, cost = torch.arange(len(rows) // block, device=rows.device), [], []
+    open_ = torch.ones_like(left, dtype=torch.bool)
+    while open_.any():
+        if open_.sum() < 0.8 * len(open_):  # compress now and then only: gathering costs more than the mathematics
+            columns = unit_columns(open_.nonzero().flatten(), block)
+            inverse, rows, left = inverse[columns][:, columns], rows[columns], left[open_]
+            open_ = torch.ones_like(left, dtype=torch.bool)
+        gone, spent = _cheapest_units(inverse, rows, open_, block)
+        removed.append(left[gone])
+        cost.append(spent)
+        _remove_units(inverse, rows, gone, block)
+        open_[gone] = False
+    order, error = torch.cat(removed).flip(0), torch.cat(cost).cumsum(0).flip(0)
+    return order, torch.cat([error, error.new_zeros(1)])
+
+
+def unit_columns(units: Tensor, block: int) -> Tensor:
+    """The columns of `units`, each `block` wide: [len(units) * block]."""
+    return (units[:, None] * block + torch.arange(block, device=units.device)).flatten()
+
+
+def _remove_units(inverse: Tensor, rows: Tensor, gone: Tensor, block: int) -> None:
+    """Correct `rows` and `inverse` for the loss of the units `gone`, in place.
+
+    The removed stay in their places with zero rows and a unit inverse, so that shapes and positions do not change.
+    """
+    columns = unit_columns(gone, block)
+    beside = inverse[columns]
+    spread = solve_psd(beside[:, columns], beside)
+    rows.addmm_(spread.T, rows[columns], alpha=-1)
+    inverse.addmm_(beside.T, spread, alpha=-1)
+    rows[columns] = 0
+    inverse[columns] = 0
+    inverse[:, columns] = 0
+    inverse[columns, columns] = 1
+
+
+def _cheapest_units(inverse: Tensor, rows: Tensor, open_: Tensor, block: int) -> tuple[Tensor, Tensor]:
+    """The next units to remove, in order, and what each costs; the arguments are left as they are."""
+    scores = torch.where(open_, _costs(inverse, rows, block), torch.inf)
+    pool = scores.topk(min(POOL, int(open_.sum())), largest=False).indices
+    at = unit_columns(pool, block)
+    inverse, rows = inverse[at][:, at], rows[at]
+    open_ = torch.ones_like(pool, dtype=torch.bool)
+    gone, spent = [], []
+    for _ in range(min(PANEL, len(pool))):
+        scores = torch.where(open_, _costs(inverse, rows, block), torch.inf)
+        unit = int(scores.argmin())
+        gone.append(unit)
+        spent.append(scores[unit])
+        _remove_units(inverse, rows, torch.tensor([unit], device=pool.device), block)
+        open_[unit] = False
+    return pool[torch.tensor(gone, device=pool.device)], torch.stack(spent)
+
+
+def _costs(inverse: Tensor, rows: Tensor, block: int) -> Tensor:
+    """What removing each unit costs now: `tr(W_B^T (H_BB)^-1 W_B)`, [units]."""
+    if block == 1:
+        return rows.square().sum(1) / inverse.diagonal()
+    units = len(rows) // block
+    own = inverse.view(units, block, units, block).diagonal(dim1=0, dim2=2).permute(2, 0, 1)
+    parts = rows.view(units, block, -1)
+    return (parts * torch.linalg.solve(own, parts)).sum((1, 2))

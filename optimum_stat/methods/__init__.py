@@ -1,0 +1,10 @@
+"""The published methods, one file each. To add one: write the file, add its name here."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ..pruner import Pruner
+from .stat import STATPruner
+
+METHODS: tuple[type[Pruner[Any]], ...] = (STATPruner,)

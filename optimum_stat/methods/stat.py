@@ -1,0 +1,194 @@
+"""STAT (2406.00061): decompositions of activations choose heads and neurons; least squares corrects what reads them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import ClassVar, final
+
+import torch
+from torch import Tensor
+
+from ..budget import Ranking
+from ..card import Paper
+from ..config import PruningConfig
+from ..data import Batches
+from ..families import Group, weight
+from ..linalg import add_to_gram, backward_elimination, damped, solve_psd, symmetrize
+from ..probes import output_fisher
+from ..pruner import Pruner
+from ..slicing import Plan, consumer_columns, set_weight, slice_group
+from ..walk import BlockWalk
+from . import stat_published
+
+METRICS = ("stream", "fisher")
+
+
+@dataclass(frozen=True)
+class STATConfig(PruningConfig):
+    """The best recipe measured within STAT's family; `STATConfig.paper()` is the published algorithm."""
+
+    metric: str = "stream"
+    """What an error in a consumer's output is worth: "stream", its energy relative to the residual stream that it is
+    added to; "fisher", its effect on the model's own predictions, from one backward pass (no labels needed)."""
+    ridge: float = 0.01
+    """Damping of every least-squares problem, relative to the diagonal of its Gram matrix. Ours: with 10 tokens per kept
+    unit 0.01 lost least on held-out tokens among 1e-4 to 0.1; STAT has none."""
+    published: bool = False
+    """The published algorithm instead of ours; set by `paper()`."""
+
+    def __post_init__(self) -> None:
+        """Refuse values that no run could honour."""
+        PruningConfig.__post_init__(self)
+        if self.metric not in METRICS:
+            raise ValueError(f"metric={self.metric!r} asked; it must be one of {', '.join(map(repr, METRICS))}.")
+        if not 0 <= self.ridge < 1:
+            raise ValueError(f"ridge={self.ridge} asked; it is relative to a diagonal and must lie in [0, 1).")
+
+    @classmethod
+    def paper(cls, keep: float = 0.5, budget: str = "macs") -> STATConfig:
+        """The published algorithm: pivoted QR, depth weights, two global thresholds, neurons before heads, no ridge.
+
+        With three defects of the authors' early code fixed: residuals of heads are un-permuted before they meet the
+        output weights, the share of heads in the MACs is computed for the model at hand instead of copied from one
+        task, and no block loses its last head. Source: 2406.00061 and its authors' code of December 2023.
+        """
+        return cls(keep=keep, budget=budget, round_to=1, ridge=0.0, published=True)
+
+
+@dataclass(frozen=True)
+class Moments:
+    """Of one group's consumer: the Gram matrix of its inputs, and the metric of its outputs."""
+
+    gram: Tensor
+    """Sum over real tokens of z^T z, float64: [width, width]."""
+    metric: Tensor
+    """What a squared error of one in each output channel is worth: [out]."""
+
+
+@final
+class STATPruner(Pruner[STATConfig]):
+    """Interpolative decompositions of activations, and least squares.
+
+    For every consumer `y = z W^T` the units are ordered by backward elimination: the error of removing each, after the
+    best correction of the others, exactly, from the Gram matrix of z. One allocation over all groups compares these
+    error curves. Then, block by block, each consumer is corrected on the activations of the already pruned network:
+    `W' = W_S + (G_SS + ridge diag G_SS)^-1 G_SE W_E`, S the kept and E the eliminated columns.
+
+    Differences from the source: elimination instead of pivoted QR, heads chosen by the error after the output projection,
+    one allocation instead of two thresholds, the ridge, and corrections that see the errors before them.
+    """
+
+    method: ClassVar[str] = "stat"
+    config_class: ClassVar[type[PruningConfig]] = STATConfig
+    paper: ClassVar[Paper] = Paper(
+        title="STAT: Shrinking Transformers After Training",
+        authors="Megan Flynn, Alexander Wang, Dean Edward Alvarez, Christopher De Sa, Anil Damle",
+        year=2024,
+        arxiv="2406.00061",
+    )
+
+    def measure(self, groups: list[Group], batches: Batches) -> Iterator[tuple[Group, Moments]]:
+        """Gram matrices of every consumer's input, block by block in one forward pass."""
+        fisher = {}
+        if self.config.metric == "fisher":
+            fisher = output_fisher(self.model, groups, batches, self.config.seed)
+        walk = BlockWalk(self.model, batches)
+        for index in walk.steps("Measuring"):
+            own = [group for group in groups if group.block == index]
+            grams = _grams(walk, index, own)
+            walk.advance(index)
+            energy = walk.mean_energy()
+            for group in own:
+                like = torch.ones(weight(group.consumer).shape[0], dtype=torch.float64, device=grams[group.name].device)
+                yield group, Moments(grams.pop(group.name), fisher.get(group.name, like / energy))
+
+    def rank(self, groups: list[Group], stats: Iterable[tuple[Group, Moments]]) -> Ranking:
+        """Backward elimination per group (published: pivoted QR)."""
+        if self.config.published:
+            return stat_published.rank(stats, num_blocks=1 + max(group.block for group in groups))
+        order: dict[str, Tensor] = {}
+        error: dict[str, Tensor] = {}
+        for group, moments in stats:
+            scaled = moments.metric.sqrt()[:, None] * weight(group.consumer).to(moments.gram)
+            order[group.name], error[group.name] = backward_elimination(moments.gram, scaled, group.width, self.config.ridge)
+        return Ranking(order, error)
+
+    def allocate(self, groups: list[Group], ranking: Ranking, limit: float, batches: Batches) -> dict[str, int]:
+        """One allocation over all groups (published: a threshold for neurons, one for heads)."""
+        if isinstance(ranking, stat_published.PublishedRanking):
+            return stat_published.allocate(groups, ranking, self.unit_costs(groups, batches), limit)
+        return Pruner.allocate(self, groups, ranking, limit, batches)
+
+    def repair(self, groups: list[Group], plan: Plan, batches: Batches) -> None:
+        """Correct each consumer on what the network before it has become, and slice it.
+
+        Published: all neurons first, on the dense network's activations; then all heads, chosen again, on those of the
+        network with its neurons pruned and its heads still dense.
+        """
+        if not self.config.published:
+            self._correct(groups, plan, batches)
+            return
+        self._correct([g for g in groups if g.structure == "neurons"], plan, batches, before_pruning=True)
+        self._correct([g for g in groups if g.structure == "heads"], plan, batches, before_pruning=True)
+
+    @torch.no_grad()
+    def _correct(self, groups: list[Group], plan: Plan, batches: Batches, before_pruning: bool = False) -> None:
+        """One walk that corrects and slices `groups`; `before_pruning`: each on activations as if no other were."""
+        walk = BlockWalk(self.model, batches)
+        for index in walk.steps("Correcting"):
+            waiting = []
+            for group in groups:
+                if group.block != index or len(plan[group.name]) == group.units:
+                    continue
+                keep = plan[group.name]
+                if self.config.published and group.structure == "heads":
+                    keep = stat_published.choose_heads(_grams(walk, index, [group])[group.name], group, len(keep))
+                corrected = _corrected_weight(walk, group, keep, self.config.ridge)
+                waiting.append((group, keep, corrected))
+                if not before_pruning:
+                    _apply(*waiting.pop())
+            walk.advance(index)
+            for group, keep, corrected in waiting:
+                _apply(group, keep, corrected)
+
+
+def _grams(walk: BlockWalk, index: int, groups: list[Group]) -> dict[str, Tensor]:
+    """The full Gram matrix of each group's consumer input, all groups of one block in one run."""
+    grams = {g.name: _square(g.units * g.width, g) for g in groups}
+    walk.run(index, groups, lambda group, z: add_to_gram(grams[group.name], z))
+    for name, gram in grams.items():
+        if not torch.isfinite(symmetrize(gram)).all():
+            raise ValueError(
+                f"The activations that enter {name} are NaN or infinite; nothing can be decided from them. "
+                "Does the model overflow in its dtype? Try dtype=torch.float32 or torch.bfloat16."
+            )
+    return grams
+
+
+def _corrected_weight(walk: BlockWalk, group: Group, keep: Tensor, ridge: float) -> Tensor:
+    """W' [out, kept columns], from kept columns only: G_SS and z_S^T (z_E W_E^T); the full Gram matrix is never formed."""
+    full = weight(group.consumer)
+    columns = consumer_columns(group, keep).to(full.device)
+    gone = torch.ones(full.shape[1], dtype=torch.bool, device=full.device).index_fill_(0, columns, False)
+    rest = gone.nonzero().flatten()
+    lost = full[:, rest].T.float()
+    gram, cross = _square(len(columns), group), torch.zeros(len(columns), len(full)).to(lost.device, torch.float64)
+
+    def add(_: Group, z: Tensor) -> None:
+        kept = z[:, columns]
+        add_to_gram(gram, kept)
+        cross.add_(kept.T @ (z[:, rest] @ lost))
+
+    walk.run(group.block, [group], add)
+    change = solve_psd(damped(symmetrize(gram), ridge), cross).T
+    return (full[:, columns] + change).to(full.dtype)
+
+
+def _apply(group: Group, keep: Tensor, corrected: Tensor) -> None:
+    slice_group(group, keep)
+    set_weight(group.consumer, corrected)
+
+
+def _square(width: int, group: Group) -> Tensor:
+    return torch.zeros(width, width, dtype=torch.float64, device=weight(group.consumer).device)

@@ -1,0 +1,93 @@
+"""STAT as published: how it orders units and how it divides the budget. Used by `STATConfig.paper()` alone.
+
+Source: 2406.00061 and its authors' code of December 2023 (BERT). Two things differ from that code, both defects: residuals
+of heads meet the rows of the output weight that belong to them, and a block always keeps one head and one neuron.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..budget import Ranking
+from ..families import Group, weight
+from ..linalg import error_curve, pivoted_cholesky, unit_columns
+
+
+@dataclass(frozen=True)
+class PublishedRanking(Ranking):
+    """`error[g][k]` is not squared here: the k-th pivot |R_kk| (neurons) or the output error (heads), times the depth weight."""
+
+    residual: Mapping[str, Tensor]
+    """Neurons: `||R[k:, k:]||_F` for every k, without depth weight: [units + 1]."""
+
+
+def rank(stats: Iterable[tuple[Group, Any]], num_blocks: int) -> PublishedRanking:
+    """Pivoted QR of `z diag(||w_j||)` for neurons; of one column per head (all its channels stacked) for heads."""
+    order: dict[str, Tensor] = {}
+    error: dict[str, Tensor] = {}
+    residual: dict[str, Tensor] = {}
+    for group, moments in stats:
+        depth = 1 + math.sqrt(num_blocks + 1 - group.block)
+        output = weight(group.consumer).to(moments.gram)
+        if group.structure == "heads":
+            order[group.name] = head_order(moments.gram, group)
+            columns = unit_columns(order[group.name].to(output.device), group.width)
+            curve = error_curve(moments.gram, output, columns)[:: group.width].clamp_min(0).sqrt()
+        else:
+            scale = output.norm(dim=0)
+            order[group.name], pivots, residual[group.name] = pivoted_cholesky(moments.gram * scale * scale[:, None])
+            curve = torch.cat([pivots, pivots.new_zeros(1)])
+        error[group.name] = depth * curve
+    return PublishedRanking(order, error, residual)
+
+
+def head_order(gram: Tensor, group: Group) -> Tensor:
+    """Pivots of the matrix with one column per head: pivoted Cholesky of the traces of the Gram matrix's blocks."""
+    blocks = gram.view(group.units, group.width, group.units, group.width)
+    return pivoted_cholesky(blocks.diagonal(dim1=1, dim2=3).sum(-1))[0]
+
+
+def choose_heads(gram: Tensor, group: Group, count: int) -> Tensor:
+    """The heads to keep, chosen again on the network whose neurons are already pruned."""
+    return head_order(gram, group)[:count].sort().values
+
+
+def allocate(groups: list[Group], ranking: PublishedRanking, costs: Mapping[str, int], limit: float) -> dict[str, int]:
+    """One global threshold on the errors of neurons, one on those of heads; the first unit of a block always stays.
+
+    The number of heads h (mean per block) is the one where the heads' threshold is closest to twice the mean residual
+    of the neurons; neurons get what the heads leave of the budget.
+    """
+    heads = {group.name: group.units for group in groups if group.structure == "heads"}
+    neurons = {group.name: group.units for group in groups if group.structure == "neurons"}
+    head_cost, neuron_cost = (max(costs[name] for name in names) for names in (heads, neurons))
+    best: tuple[float, dict[str, int]] | None = None
+    for total in range(len(heads), sum(heads.values()) + 1, len(heads)):
+        left = min(int((limit - total * head_cost) // neuron_cost), sum(neurons.values()))
+        if left < len(neurons):
+            break
+        some, threshold = _above_threshold(ranking, heads, total)
+        many, _ = _above_threshold(ranking, neurons, left)
+        residual = sum(float(ranking.residual[name][k]) for name, k in many.items()) / len(many)
+        mismatch = abs(threshold - 2 * residual)
+        if best is None or mismatch < best[0]:
+            best = mismatch, {**some, **many}
+    if best is None:
+        raise ValueError(f"The budget of {limit:,.0f} is too small for one head and one neuron in every block. Keep more.")
+    return best[1]
+
+
+def _above_threshold(ranking: Ranking, units: Mapping[str, int], total: int) -> tuple[dict[str, int], float]:
+    """Sizes that add up to `total`: the units with the largest errors over all blocks, and the first error left out."""
+    entries = sorted(
+        ((math.inf if k == 0 else float(ranking.error[name][k]), name) for name, n in units.items() for k in range(n)),
+        reverse=True,
+    )
+    chosen = [name for _, name in entries[:total]]
+    return {name: chosen.count(name) for name in units}, entries[total][0] if total < len(entries) else 0.0

@@ -1,0 +1,135 @@
+"""Read or change the input of consumers, and read the gradient of their output, while a model runs.
+
+Everything here is a context manager that leaves no hook, gradient or mode behind, also after an exception.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.utils.logging import tqdm
+
+from .data import Batches
+from .families import Group, weight
+
+Visit = Callable[[Group, Tensor], Tensor | None]
+
+
+@contextmanager
+def on_consumer_input(groups: Iterable[Group], visit: Visit) -> Iterator[None]:
+    """Call `visit(group, z)` with the input z [..., units * width] of every consumer; a tensor returned replaces it."""
+
+    def hook(group: Group, module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
+        new = visit(group, args[0])
+        return None if new is None else (new, *args[1:])
+
+    with ExitStack() as stack:
+        for group in groups:
+            handle = group.consumer.register_forward_pre_hook(partial(hook, group))
+            stack.callback(handle.remove)
+        yield
+
+
+@contextmanager
+def on_output_gradient(groups: Iterable[Group], visit: Callable[[Group, Tensor], None]) -> Iterator[None]:
+    """Call `visit(group, g)` with the gradient g [..., out] of every consumer's output during a backward pass."""
+
+    def watch(group: Group, module: nn.Module, args: Any, output: Tensor) -> None:
+        output.register_hook(partial(visit, group))  # type: ignore[no-untyped-call]
+
+    with ExitStack() as stack:
+        for group in groups:
+            stack.callback(group.consumer.register_forward_hook(partial(watch, group)).remove)
+        yield
+
+
+@contextmanager
+def quiet(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode, no parameter gradients, no key/value cache, full float32 products; all is put back afterwards."""
+    modes = [(module, module.training) for module in model.modules()]
+    wanted = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    config: Any = getattr(model, "config", None)
+    cache = getattr(config, "use_cache", None)
+    precision = torch.get_float32_matmul_precision()
+    try:
+        torch.set_float32_matmul_precision("highest")  # TF32 has too few digits for a Gram matrix
+        model.eval()
+        model.requires_grad_(False)
+        if cache:
+            config.use_cache = False
+        yield
+    finally:
+        torch.set_float32_matmul_precision(precision)
+        if cache:
+            config.use_cache = cache
+        for module, mode in modes:
+            module.training = mode
+        for parameter, value in wanted:
+            parameter.requires_grad_(value)
+
+
+def output_fisher(model: nn.Module, groups: list[Group], batches: Batches, seed: int) -> dict[str, Tensor]:
+    """Diagonal of the Fisher information with respect to each consumer's output, per token: [out], float64.
+
+    `F_c = E[g_c^2]` with g the gradient of the model's own log-likelihood at a consumer's output. No labels: the
+    gradient at the model's output is drawn as `sqrt(p) * e - p <sqrt(p), e>`, e standard normal, whose covariance is
+    the softmax's Fisher `diag(p) - p p^T` exactly; outputs that are not logits count as means of unit-variance Gaussians.
+    One forward and one backward pass, without gradients of weights. Call it inside `quiet(model)`.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    totals = {group.name: torch.zeros(weight(group.consumer).shape[0], dtype=torch.float64) for group in groups}
+    mask = torch.empty(0)
+
+    def add(group: Group, gradient: Tensor) -> None:
+        totals[group.name] += real_rows(gradient, mask).double().square().sum(0).cpu()
+
+    with on_output_gradient(groups, add), _differentiable_embeddings(model):
+        for batch in tqdm(batches, desc="Gradients", unit="batch"):
+            inputs = {name: value.to(device_of(model)) for name, value in batch.items()}
+            mask = inputs["attention_mask"]
+            outputs, drawn = _drawn_gradients(model(**inputs), mask, generator)
+            torch.autograd.backward(outputs, drawn)
+    return {name: total / batches.num_tokens for name, total in totals.items()}
+
+
+def _drawn_gradients(output: Any, mask: Tensor, generator: torch.Generator) -> tuple[list[Tensor], list[Tensor]]:
+    """The model's predictions and a random gradient for each, drawn from their Fisher information."""
+    names = [name for name in ("logits", "start_logits", "end_logits") if name in output] or ["last_hidden_state"]
+    outputs = [output[name] for name in names]
+    drawn = []
+    for name, value in zip(names, outputs, strict=True):
+        noise = torch.randn(value.shape, generator=generator).to(value.device, torch.float32)
+        if name != "last_hidden_state" and value.shape[-1] > 1:
+            root = value.detach().float().softmax(-1).sqrt()
+            noise = root * noise - root.square() * (root * noise).sum(-1, keepdim=True)
+        if value.dim() == 3:  # one prediction per token: padding predicts nothing
+            noise = noise * mask[..., None]
+        drawn.append(noise.to(value.dtype))
+    return outputs, drawn
+
+
+@contextmanager
+def _differentiable_embeddings(model: nn.Module) -> Iterator[None]:
+    """Let gradients flow back to the embeddings although no parameter wants one."""
+    embeddings = model.get_input_embeddings()  # type: ignore[operator]
+    handle = embeddings.register_forward_hook(lambda module, args, output: output.requires_grad_())
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def real_rows(rows: Tensor, mask: Tensor) -> Tensor:
+    """The rows of real tokens, [tokens, width]; `rows` is [batch, length, width] or already flattened (OPT's MLP)."""
+    flat = rows.reshape(-1, rows.shape[-1])
+    return flat if bool(mask.all()) else flat[mask.flatten().bool()]
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """Where the model's inputs belong: the device of its first real parameter."""
+    return next((p.device for p in model.parameters() if p.device.type != "meta"), torch.device("cpu"))

@@ -1,0 +1,208 @@
+"""The flow that every method shares. Read this file first."""
+
+from __future__ import annotations
+
+import logging
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, ClassVar, Generic, TypeVar, final
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from . import checkpoint
+from .budget import Ranking, allocate, model_cost, options, unit_cost
+from .card import Paper
+from .config import PruningConfig
+from .data import Batches, make_batches
+from .families import Group, check_finite, find_groups, is_causal
+from .probes import device_of, quiet
+from .report import Cost, GroupReport, PruningReport, Stage, timed
+from .slicing import Plan, restored_on_error, slice_model
+from .structure import write_record
+
+logger = logging.getLogger(__name__)
+C = TypeVar("C", bound=PruningConfig)
+P = TypeVar("P", bound="Pruner[Any]")
+
+
+class Pruner(ABC, Generic[C]):
+    """Measure, rank, allocate, select, repair, slice.
+
+    A method supplies `measure` and `rank`, and may replace `allocate`, `select` and `repair`.
+    """
+
+    method: ClassVar[str]
+    """The name in commands, recipes and cards."""
+    paper: ClassVar[Paper]
+    """What it implements; goes into the model card."""
+    config_class: ClassVar[type[PruningConfig]]
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        config: C,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        source: str | None = None,
+    ):
+        """Use `from_pretrained`. `source` is the Hub id or folder the model came from."""
+        checkpoint.refuse_quantized(model)
+        find_groups(model)  # an unknown family is refused here, before any data is read
+        self.model, self.config, self.tokenizer, self.source = model, config, tokenizer, source
+        self.metrics: list[dict[str, Any]] = []
+        self._report: PruningReport | None = None
+        self._broken = False
+
+    @classmethod
+    def from_pretrained(
+        cls: type[P],
+        model_or_path: str | Path | PreTrainedModel,
+        config: C | None = None,
+        *,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        task: str | None = None,
+        **kwargs: Any,
+    ) -> P:
+        """A pruner for a Hub id, a folder or a live model.
+
+        `kwargs` (dtype, device_map, revision, gguf_file, ...) go to `AutoModel....from_pretrained`; which Auto class is
+        decided by `task` ("text-generation", "text-classification", ...) or, without it, by `config.architectures`. A
+        live model is pruned in place.
+        """
+        model, tokenizer, source = checkpoint.load(model_or_path, tokenizer=tokenizer, task=task, **kwargs)
+        return cls(model, config if config is not None else cls.config_class(), tokenizer, source)
+
+    @final
+    def prune(self, dataset: Any, *, text_columns: Sequence[str] | None = None) -> PreTrainedModel:
+        """Prune the model in place and return it.
+
+        dataset: a `datasets.Dataset` (raw text or tokenized), a list of strings, pairs or dicts, or ready batches.
+        If anything goes wrong the model is left as it was.
+        """
+        model, config = self.model, self.config
+        check_finite(model)
+        batches = make_batches(
+            dataset, model.config, config, causal=is_causal(model), tokenizer=self.tokenizer, text_columns=text_columns
+        )
+        dense, stages = self._cost(batches), dict[str, Stage]()
+        groups = find_groups(model)
+        limit = self._limit(groups, batches)
+        with quiet(model), restored_on_error(model):
+            with timed(stages, "measure", device_of(model)):
+                stats = self.measure(groups, batches)
+                ranking = self.rank(groups, stats)
+            kept = self.allocate(groups, ranking, limit, batches)
+            plan = self.select(ranking, kept)
+            _warn_of_few_tokens(groups, kept, batches)
+            with timed(stages, "repair", device_of(model)):
+                self.repair(groups, plan, batches)
+                slice_model(model, plan)
+            write_record(model)
+        self._report = self._make_report(groups, ranking, kept, batches, dense, stages)
+        return model
+
+    @abstractmethod
+    def measure(self, groups: list[Group], batches: Batches) -> Iterable[tuple[Group, Any]]:
+        """What the data says of each group, lazily and block by block: never the statistics of all blocks at once."""
+
+    @abstractmethod
+    def rank(self, groups: list[Group], stats: Iterable[tuple[Group, Any]]) -> Ranking:
+        """An order of each group's units and the error left after keeping the first k of them, for every k."""
+
+    def allocate(self, groups: list[Group], ranking: Ranking, limit: float, batches: Batches) -> dict[str, int]:
+        """How many units each group keeps. `limit` is what all kept units may cost together."""
+        costs = self.unit_costs(groups, batches)
+        sizes = {group.name: options(group, self.config.round_to) for group in groups}
+        return allocate(ranking.error, costs, sizes, limit)
+
+    def select(self, ranking: Ranking, kept: Mapping[str, int]) -> Plan:
+        """Which units each group keeps: the first of its order, in their old order."""
+        return {name: ranking.order[name][:count].sort().values for name, count in kept.items()}
+
+    def repair(self, groups: list[Group], plan: Plan, batches: Batches) -> None:
+        """Correct the weights that stay. May slice blocks itself where later statistics have to see them small."""
+
+    @property
+    def report(self) -> PruningReport:
+        """What the last `prune` did."""
+        if self._report is None:
+            raise RuntimeError("There is no report yet: call prune(dataset) first.")
+        return self._report
+
+    def save_pretrained(self, folder: str | Path, **kwargs: Any) -> None:
+        """Write weights, config, tokenizer, recipe, model card and the remote-code loader into a new or empty folder.
+
+        `kwargs` (max_shard_size, ...) go to `model.save_pretrained`. Nothing half-written is left behind on an error.
+        """
+        checkpoint.save(self, Path(folder), **kwargs)
+
+    def push_to_hub(self, repo_id: str, **kwargs: Any) -> str:
+        """Push what `save_pretrained` writes to the Hub and return the commit's address.
+
+        `kwargs`: private, token, commit_message, revision, create_pr, max_shard_size.
+        """
+        return checkpoint.push(self, repo_id, **kwargs)
+
+    def _limit(self, groups: list[Group], batches: Batches) -> float:
+        """What the kept units may cost together: the asked share of the blocks, less what no plan can remove."""
+        total = model_cost(self.model, self.config.budget, batches.seq_len)
+        costs = self.unit_costs(groups, batches)
+        units = {group.name: group.units * costs[group.name] for group in groups}
+        smallest = sum(options(group, self.config.round_to)[0] * costs[group.name] for group in groups)
+        fixed = total - sum(units.values())
+        limit = self.config.keep * total - fixed
+        if limit < smallest:
+            raise ValueError(
+                f"keep={self.config.keep} of {total:,} {self.config.budget} asked, but one head and "
+                f"{self.config.round_to} neurons in every block already make {(smallest + fixed) / total:.4f}. "
+                "Keep more, or lower round_to."
+            )
+        return limit
+
+    def unit_costs(self, groups: list[Group], batches: Batches) -> dict[str, int]:
+        """What one unit of each group costs in the budget's currency."""
+        return {g.name: unit_cost(self.model, g, self.config.budget, batches.seq_len) for g in groups}
+
+    def _cost(self, batches: Batches) -> Cost:
+        model = self.model
+        params = sum(parameter.numel() for parameter in model.parameters())
+        return Cost(params, *(model_cost(model, budget, batches.seq_len) for budget in ("params", "macs")))
+
+    def _make_report(
+        self,
+        groups: list[Group],
+        ranking: Ranking,
+        kept: Mapping[str, int],
+        batches: Batches,
+        dense: Cost,
+        stages: dict[str, Stage],
+    ) -> PruningReport:
+        pruned, budget = self._cost(batches), f"block_{self.config.budget}"
+        lines = [GroupReport(g.name, g.units, kept[g.name], float(ranking.error[g.name][kept[g.name]])) for g in groups]
+        return PruningReport(
+            method=self.method,
+            keep=self.config.keep,
+            budget=self.config.budget,
+            reached=getattr(pruned, budget) / getattr(dense, budget),
+            seq_len=batches.seq_len,
+            num_tokens=batches.num_tokens,
+            num_examples=batches.num_examples,
+            data=batches.source,
+            fingerprint=batches.fingerprint,
+            dense=dense,
+            pruned=pruned,
+            groups=tuple(lines),
+            stages=stages,
+        )
+
+
+def _warn_of_few_tokens(groups: list[Group], kept: Mapping[str, int], batches: Batches) -> None:
+    widest = max(kept[group.name] * group.width for group in groups)
+    if batches.num_tokens < 10 * widest:
+        logger.warning(
+            "%s calibration tokens for up to %s kept columns are %.1f tokens each; below 10 the corrections fit noise. "
+            "Give more data, or raise num_tokens.",
+            f"{batches.num_tokens:,}",
+            f"{widest:,}",
+            batches.num_tokens / widest,
+        )

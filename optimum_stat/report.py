@@ -1,0 +1,122 @@
+"""What a pruning run did: a typed object with a table for people and plain values for JSON."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+
+@dataclass(frozen=True)
+class GroupReport:
+    """One group: how many units it had and keeps, and the share of its output that the method expected to lose."""
+
+    name: str
+    units: int
+    kept: int
+    error: float
+    """The method's predicted error at this size, in the unit of its ranking (0 if nothing was removed)."""
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Size of a model: all parameters, those of its blocks, and the blocks' multiply-adds for one example."""
+
+    params: int
+    block_params: int
+    block_macs: int
+
+
+@dataclass(frozen=True)
+class Stage:
+    """Wall time and memory of one stage."""
+
+    seconds: float
+    peak_bytes: int | None
+    """Growth of the process's (or the accelerator's) memory over the stage's start; None where it cannot be read."""
+
+
+@dataclass(frozen=True)
+class PruningReport:
+    """What `prune` did. `str(report)` is a table; `to_dict()` holds plain JSON values."""
+
+    method: str
+    keep: float
+    budget: str
+    reached: float
+    """Share of the blocks' cost that is left; never above `keep`."""
+    seq_len: int
+    num_tokens: int
+    num_examples: int
+    data: str
+    fingerprint: str
+    dense: Cost
+    pruned: Cost
+    groups: tuple[GroupReport, ...]
+    stages: dict[str, Stage] = field(default_factory=dict)
+
+    @property
+    def tokens_per_unit(self) -> float:
+        """Calibration tokens per neuron kept in the widest block; below 10 the corrections fit noise."""
+        widest = max((group.kept for group in self.groups if group.name.endswith("neurons")), default=1)
+        return self.num_tokens / widest
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything, as plain JSON values."""
+        return {**dataclasses.asdict(self), "tokens_per_unit": round(self.tokens_per_unit, 1)}
+
+    def __str__(self) -> str:
+        lines = [
+            f"{self.method}: {self.reached:.1%} of the blocks' {self.budget} kept ({self.keep:.1%} asked), "
+            f"{self.num_tokens:,} tokens of {self.data}",
+            f"{'group':<14}{'units':>8}{'kept':>8}{'share':>8}{'error':>12}",
+        ]
+        for group in self.groups:
+            share = group.kept / group.units
+            lines.append(f"{group.name:<14}{group.units:>8}{group.kept:>8}{share:>8.0%}{group.error:>12.3g}")
+        for name, stage in self.stages.items():
+            peak = "" if stage.peak_bytes is None else f", {stage.peak_bytes / 2**20:,.0f} MiB more than before"
+            lines.append(f"{name}: {stage.seconds:.1f} s{peak}")
+        return "\n".join(lines)
+
+
+@contextmanager
+def timed(stages: dict[str, Stage], name: str, device: torch.device) -> Iterator[None]:
+    """Enter the wall time and peak memory of the enclosed work into `stages`."""
+    start, before = time.perf_counter(), _reset_peak(device)
+    try:
+        yield
+    finally:
+        after = _peak(device)
+        grown = None if before is None or after is None else max(0, after - before)
+        stages[name] = Stage(time.perf_counter() - start, grown)
+
+
+def _reset_peak(device: torch.device) -> int | None:
+    """Memory in use now, and start watching for its peak."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        return torch.cuda.memory_allocated(device)
+    try:
+        Path("/proc/self/clear_refs").write_text("5")  # Linux: forget the highest resident set so far
+    except OSError:
+        return None
+    return _resident("VmRSS")
+
+
+def _peak(device: torch.device) -> int | None:
+    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else _resident("VmHWM")
+
+
+def _resident(name: str) -> int | None:
+    try:
+        lines = Path("/proc/self/status").read_text().splitlines()
+    except OSError:
+        return None
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith(name)), None)

@@ -1,0 +1,130 @@
+"""The rows of whatever a user passes to `prune`: which columns are the input, and what each row holds."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict, Value
+from torch import Tensor
+
+PAIRS = "sentence1 sentence2, premise hypothesis, question1 question2, text_a text_b, question sentence, question context"
+SINGLES = "sentence, content, document"
+TEXT_COLUMNS = [tuple(names.split()) for names in f"text, {PAIRS}, {SINGLES}".split(", ")]  # the first match wins
+INPUTS = ("input_ids", "attention_mask", "token_type_ids", "position_ids")
+REMEDY = """Pass a datasets.Dataset (raw text or tokenized), a list of strings, of string pairs or of dicts, or ready \
+batches (mappings whose input_ids is a tensor [examples, length])."""
+
+
+class Rows:
+    """The rows of whatever was passed, each a tuple of texts or a dict of tensors; counts what it reads."""
+
+    def __init__(self, dataset: Any, text_columns: Sequence[str] | None, batch_size: int) -> None:
+        self.read, self.kind, self.name = 0, "", ""
+        self.columns: tuple[str, ...] = ()
+        self._asked = (text_columns,) if isinstance(text_columns, str) else tuple(text_columns or ())
+        if isinstance(dataset, (Dataset, IterableDataset)):
+            info, split = dataset.info, dataset.split and f"split {dataset.split}"
+            name = (info.dataset_name or info.builder_name, info.config_name, split)
+            self.name = ", ".join(part for part in name if part and part != "default")
+            if dataset.features and (isinstance(dataset, IterableDataset) or len(dataset)):  # unknown for some streams
+                types = {k: f.dtype if isinstance(f, Value) else type(f).__name__ for k, f in dataset.features.items()}
+                self.columns = _input_columns(types, self._asked)
+                dataset = dataset.select_columns(list(self.columns))  # images beside the text are not decoded
+        elif isinstance(dataset, Tensor):
+            self.name = f"tensor of {' x '.join(map(str, dataset.shape))} token ids"
+        rows = iter(_collection(dataset, batch_size))
+        try:
+            head = next(rows)
+        except StopIteration:
+            raise ValueError("The dataset is empty: it has no rows. Pass at least one example.") from None
+        self._rows, self.kind = itertools.chain([head], rows), _kind(self._convert(head))
+
+    def __iter__(self) -> Iterator[Any]:
+        for row in self._rows:
+            converted = self._convert(row)
+            if _kind(converted) != self.kind:
+                raise ValueError(f"Row {self.read} is of another kind ({_kind(converted)}) than row 0 ({self.kind}).")
+            self.read += 1
+            yield converted
+
+    def source(self) -> str:
+        """One line on what was read."""
+        columns = f", columns {' and '.join(self.columns)}" if self.columns and self.kind.startswith("string") else ""
+        return (self.name or f"{self.read} {'rows' if columns else self.kind}") + columns
+
+    def _convert(self, row: Any) -> tuple[str, ...] | dict[str, Tensor]:
+        texts = (row,) if isinstance(row, str) else row
+        if isinstance(texts, (list, tuple)) and 0 < len(texts) < 3 and all(isinstance(text, str) for text in texts):
+            if self._asked:
+                raise ValueError(f"text_columns={self._asked} asked, but the rows are strings: leave text_columns out.")
+            return tuple(texts)
+        row = row if isinstance(row, Mapping) else {"input_ids": row}
+        self.columns = self.columns or _input_columns({k: type(v).__name__ for k, v in row.items()}, self._asked)
+        return (tensors if "input_ids" in self.columns else _texts)(row, self.columns, f"Row {self.read}")
+
+
+def _input_columns(types: Mapping[str, str], asked: tuple[str, ...]) -> tuple[str, ...]:
+    """What to read: the columns asked for, or token ids, or text under a conventional name, or the only text column."""
+    seen = ", ".join(f"{name} ({kind})" for name, kind in types.items())
+    missing = [name for name in asked if name not in types]
+    if missing or len(asked) > 2:
+        problem = f"there is no column {', '.join(map(repr, missing))}" if missing else "one or two are possible"
+        raise ValueError(f"text_columns={asked} asked, but {problem}. Columns: {seen}.")
+    if asked or "input_ids" in types:
+        return asked or tuple(name for name in INPUTS if name in types)
+    strings = [name for name, kind in types.items() if kind in ("str", "string", "large_string")]
+    known = [names for names in TEXT_COLUMNS if set(names) <= set(strings)]
+    if not known and len(strings) != 1:
+        raise ValueError(f"No text column recognised. Columns: {seen}. Name one, or two for pairs, with text_columns=.")
+    return known[0] if known else (strings[0],)
+
+
+def _collection(dataset: Any, batch_size: int) -> Iterable[Any]:
+    """What to iterate over; what would iterate over the wrong thing is refused."""
+    if isinstance(dataset, (DatasetDict, IterableDatasetDict)):
+        splits = list(map(repr, dataset))
+        raise ValueError(f"The dataset has several splits: {', '.join(splits)}. Pass one, such as dataset[{splits[0]}].")
+    if isinstance(dataset, Mapping) and "input_ids" in dataset:  # what a tokenizer returns
+        return [dataset]
+    if isinstance(dataset, Tensor) and dataset.dim() == 2:
+        return torch.split(dataset, batch_size)
+    if isinstance(dataset, torch.utils.data.Dataset) and not isinstance(dataset, Iterable):
+        return (dataset[i] for i in range(len(dataset)))  # type: ignore[arg-type]  # map-style datasets have a length
+    refused = isinstance(dataset, (str, bytes, Mapping, Tensor)) or type(dataset).__name__ == "DataFrame"
+    if refused or not isinstance(dataset, Iterable):
+        raise TypeError(f"The dataset is a {type(dataset).__name__}, not a collection of examples. {REMEDY}")
+    return dataset
+
+
+def _texts(row: Mapping[str, Any], columns: Sequence[str], where: str) -> tuple[str, ...]:
+    for column in columns:
+        if not isinstance(row.get(column, 0), (str, type(None))):
+            found = f"{type(row[column]).__name__} in" if column in row else "no"
+            raise ValueError(f"{where} has {found} column {column!r}, where text was expected.")
+    return tuple(row[column] or "" for column in columns)
+
+
+def tensors(row: Mapping[str, Any], columns: Sequence[str], where: str) -> dict[str, Tensor]:
+    """The inputs of a ready batch, [examples, length], or of one example's real tokens, [length]; with a mask."""
+    try:
+        result = {column: torch.as_tensor(row[column]) for column in columns}
+    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        raise TypeError(f"{where} does not hold token ids in {', '.join(columns)}: {error!r}. {REMEDY}") from error
+    ids = result["input_ids"]
+    mask = result.setdefault("attention_mask", torch.ones_like(ids)) != 0
+    fits = ids.dim() in (1, 2) and all(tensor.shape == ids.shape for tensor in result.values())
+    if not fits or (ids.is_floating_point() and ids.numel()):
+        found = ", ".join(f"{key} {list(tensor.shape)} {tensor.dtype}" for key, tensor in result.items())
+        raise ValueError(f"{where} has {found}; expected integers of one shape, [length] or [examples, length].")
+    if ids.dim() == 1:  # one example: positions are counted anew once it is cut and padded
+        result = {key: tensor[mask] for key, tensor in result.items() if key != "position_ids"}
+    return {key: tensor.cpu().long() for key, tensor in result.items()}
+
+
+def _kind(row: tuple[str, ...] | dict[str, Tensor]) -> str:
+    if isinstance(row, tuple):
+        return "strings" if len(row) == 1 else "string pairs"
+    return "tokenized rows" if row["input_ids"].dim() == 1 else "ready batches"

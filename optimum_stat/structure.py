@@ -1,0 +1,129 @@
+"""The record of a pruned model's sizes in config.json, and the hook that builds the model small from it.
+
+The loader is the slicer itself: while a model is built (on the meta device, in `from_pretrained`), its blocks are cut to
+the recorded sizes before any weight is read. So every way to make a model works: Auto classes, constructors,
+`from_config`, PEFT, quantizers, Trainer.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+from torch import nn
+
+from .families import Group, family_of, find_groups
+from .slicing import slice_group
+
+KEY = "stat_pruning"
+FORMAT = 1
+SIZES = ("heads", "key_value_heads", "neurons")
+
+
+def describe(model: nn.Module) -> dict[str, Any]:
+    """The record: a format number and, block by block, query heads, key/value heads and neurons."""
+    sizes: dict[str, list[int]] = {name: [] for name in SIZES}
+    for group in find_groups(model):
+        if group.structure == "heads":
+            sizes["heads"].append(group.units * group.query_heads)
+            sizes["key_value_heads"].append(group.units)
+        else:
+            sizes["neurons"].append(group.units)
+    return {"format": FORMAT, **sizes}
+
+
+def write_record(model: nn.Module) -> None:
+    """Write the model's sizes into `model.config`, in our form and, where transformers has one, in its own."""
+    config: Any = model.config
+    record = describe(model)
+    setattr(config, KEY, record)
+    names = family_of(model).per_layer_config
+    if names:
+        # transformers plans static caches from this; without the flag it refuses to read the dense sizes at all
+        config.allow_global_per_layer_attribute_access = True
+        layers = zip(*(record[name] for name in SIZES), strict=True)
+        config.per_layer_config = {i: dict(zip(names, layer, strict=True)) for i, layer in enumerate(layers)}
+
+
+def replay(model: nn.Module) -> None:
+    """Cut a freshly built model to the sizes its config records. Does nothing to a group that has its size already.
+
+    Raises:
+        ValueError: the record has another format, does not fit the model, or was edited into something impossible.
+    """
+    record = getattr(model.config, KEY, None)
+    if record is None or not _holds_blocks(model):
+        return
+    _check_form(record)
+    groups = find_groups(model)
+    for structure, name in (("heads", "key_value_heads"), ("neurons", "neurons")):
+        own = [group for group in groups if group.structure == structure]
+        if len(own) != len(record[name]):
+            raise ValueError(
+                f"{KEY} in config.json records {name} for {len(record[name])} blocks, but the model has {len(own)}. "
+                "Was num_hidden_layers or the record edited?"
+            )
+        for group, size in zip(own, record[name], strict=True):
+            _cut(group, size)
+    _check_query_heads(find_groups(model), record["heads"])
+
+
+def install() -> None:
+    """Make every transformers model replay its record when it is built. Safe to call more than once."""
+    from transformers import PreTrainedModel
+
+    original = PreTrainedModel.post_init
+    if getattr(original, "_optimum_stat", False):
+        return
+
+    @functools.wraps(original)
+    def post_init(self: Any) -> None:
+        if getattr(self.config, KEY, None) is not None:
+            replay(self)
+            if type(self).__module__.startswith("transformers.models."):
+                # a re-save from the local class would name a remote-code file that it does not write
+                self.config.__dict__.pop("auto_map", None)
+        original(self)
+
+    post_init._optimum_stat = True  # type: ignore[attr-defined]
+    PreTrainedModel.post_init = post_init
+
+
+def _holds_blocks(model: nn.Module) -> bool:
+    """False for parts of a model that are built on their own first, such as OPT's decoder."""
+    try:
+        getattr(model, "base_model", model).get_submodule(family_of(model).blocks)
+    except AttributeError:
+        return False
+    return True
+
+
+def _check_form(record: Any) -> None:
+    if not isinstance(record, dict) or record.get("format") != FORMAT:
+        found = record.get("format") if isinstance(record, dict) else record
+        raise ValueError(
+            f"{KEY} in config.json has format {found!r}; this optimum-stat reads format {FORMAT}. "
+            "A newer optimum-stat may know it: pip install -U optimum-stat."
+        )
+    for name in SIZES:
+        sizes = record.get(name)
+        if not isinstance(sizes, list) or not all(type(size) is int for size in sizes):
+            raise ValueError(f"{KEY} in config.json must hold a list of whole numbers for {name!r}; it holds {sizes!r}.")
+
+
+def _cut(group: Group, size: int) -> None:
+    if not 1 <= size <= group.units:
+        raise ValueError(
+            f"{KEY} in config.json records {size} units for {group.name}; the dense model has {group.units}, so it must "
+            f"lie between 1 and {group.units}. Was config.json edited, or is it another model's?"
+        )
+    slice_group(group, torch.arange(size, device="cpu"))
+
+
+def _check_query_heads(groups: list[Group], recorded: list[int]) -> None:
+    expected = [group.units * group.query_heads for group in groups if group.structure == "heads"]
+    if expected != recorded:
+        raise ValueError(
+            f"{KEY} in config.json records {recorded} query heads; its key/value heads and the model make {expected}."
+        )
