@@ -61,6 +61,7 @@ def render(recipe: dict[str, Any], repo_id: str, paper: Paper) -> str:
         repo_id=repo_id,
         task=task,
         recipe=recipe,
+        on_hub=_is_hub_id(recipe["base_model"]),
         report=report,
         paper=paper,
         auto_class=_auto_class(recipe["architecture"]),

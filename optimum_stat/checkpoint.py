@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import copy
+import errno
 import json
 import shutil
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,7 +16,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 import transformers
 from huggingface_hub import HfApi, get_token
-from huggingface_hub.errors import HfHubHTTPError
+from huggingface_hub.errors import HfHubHTTPError, HTTPError  # the latter is that of its HTTP library, whichever it is
+from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
@@ -26,6 +28,8 @@ if TYPE_CHECKING:
     from .pruner import Pruner
 
 RECIPE = "stat_recipe.json"
+# Of what the repo held before, these would be loaded instead of or beside the new weights, if the sharding differs.
+WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "model-?????-of-?????.safetensors")
 TASKS = {
     "feature-extraction": "AutoModel",
     "fill-mask": "AutoModelForMaskedLM",
@@ -51,6 +55,8 @@ def load(
             raise TypeError(f"{names} asked for a model that is loaded already; load it with them, or pass its path.")
         return model_or_path, tokenizer, getattr(model_or_path, "name_or_path", None) or None
     path = str(model_or_path)
+    if path.endswith(".gguf"):  # as recipes and cards name it, see the return value
+        path, _, kwargs["gguf_file"] = path.rpartition("/")
     shared = {name: kwargs[name] for name in CONFIG_ARGUMENTS if name in kwargs}
     model = _auto_class(path, task, shared).from_pretrained(path, **kwargs)
     if "gguf_file" in kwargs:
@@ -73,10 +79,11 @@ def refuse_quantized(model: nn.Module) -> None:
 
 def save(pruner: Pruner[Any], folder: Path, **kwargs: Any) -> None:
     """Everything of a pruned model into a new or empty folder; written beside it and renamed at the end."""
+    folder = folder.resolve()  # of a link, the folder that it points to
     _refuse_full_folder(folder)
     check_record(pruner.model)
     with _written_beside(folder) as beside:
-        write_repo(pruner, beside, **kwargs)
+        write_repo(pruner, beside, folder.name, **kwargs)
 
 
 def push(
@@ -96,26 +103,35 @@ def push(
     check_record(pruner.model)
     api = HfApi(token=token)
     with tempfile.TemporaryDirectory() as folder:
-        try:
+        with _reported(repo_id, api):
             repo = api.create_repo(repo_id, private=private, exist_ok=True)
-            write_repo(pruner, Path(folder), repo_id=repo.repo_id, **kwargs)
+        write_repo(pruner, Path(folder), repo.repo_id, **kwargs)
+        with _reported(repo_id, api):
             commit = api.upload_folder(
                 repo_id=repo.repo_id,
                 folder_path=folder,
                 commit_message=commit_message or f"Pruned with optimum-stat ({pruner.method})",
                 revision=revision,
                 create_pr=create_pr,
+                delete_patterns=list(WEIGHTS),
             )
-        except (HfHubHTTPError, OSError) as error:
-            raise ConnectionError(
-                f"Pushing to {repo_id} at {api.endpoint} failed: {error}. The repo is as it was before, at most newly "
-                "made; the model is unharmed. Try again, or keep it with save_pretrained(folder)."
-            ) from error
     return str(commit.commit_url)
 
 
-def write_repo(pruner: Pruner[Any], folder: Path, repo_id: str | None = None, **kwargs: Any) -> None:
-    """Weights, config, tokenizer, recipe, remote-code loader and card."""
+@contextmanager
+def _reported(repo_id: str, api: HfApi) -> Iterator[None]:
+    """Say what a failed request means for the repo and the model."""
+    try:
+        yield
+    except (HfHubHTTPError, HTTPError, OSError) as error:
+        raise ConnectionError(
+            f"Pushing to {repo_id} at {api.endpoint} failed: {error}. The repo is as it was before, at most newly "
+            "made; the model is unharmed. Try again, or keep it with save_pretrained(folder)."
+        ) from error
+
+
+def write_repo(pruner: Pruner[Any], folder: Path, name: str, **kwargs: Any) -> None:
+    """Weights, config, tokenizer, recipe, remote-code loader and card; `name` is what the card calls it."""
     auto_map = remote_code.write(pruner.model, folder)
     pruner.model.config.auto_map = auto_map
     try:
@@ -126,7 +142,7 @@ def write_repo(pruner: Pruner[Any], folder: Path, repo_id: str | None = None, **
         pruner.tokenizer.save_pretrained(folder)
     recipe = make_recipe(pruner)
     (folder / RECIPE).write_text(json.dumps(recipe, indent=2) + "\n")
-    (folder / "README.md").write_text(card.render(recipe, repo_id or folder.name, pruner.paper))
+    (folder / "README.md").write_text(card.render(recipe, name, pruner.paper))
 
 
 def make_recipe(pruner: Pruner[Any]) -> dict[str, Any]:
@@ -206,18 +222,26 @@ def _refuse_full_folder(folder: Path) -> None:
 @contextmanager
 def _written_beside(folder: Path) -> Iterator[Path]:
     """A temporary neighbour of `folder` that becomes `folder` if all goes well and vanishes if not."""
-    folder = folder.absolute()
+    missing = [parent for parent in folder.parents if not parent.exists()]
+    beside = folder
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         beside = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
-    except OSError as error:
-        raise type(error)(error.errno, f"cannot write to {folder.parent}: {error.strerror}", str(folder)) from error
-    try:
         beside.chmod(0o755)  # mkdtemp makes it private; a model folder is not
         yield beside
         if folder.exists():
             folder.rmdir()
         beside.rename(folder)
-    except BaseException:
-        shutil.rmtree(beside, ignore_errors=True)
+    except BaseException as error:
+        if beside != folder:
+            shutil.rmtree(beside, ignore_errors=True)
+        for parent in missing:
+            with suppress(OSError):
+                parent.rmdir()
+        if isinstance(error, (OSError, SafetensorError)):
+            raise OSError(
+                getattr(error, "errno", None) or errno.EIO,
+                f"Nothing was written to {folder}, and the model in memory is unharmed: {error}. "
+                "Make room or choose another place.",
+            ) from error
         raise

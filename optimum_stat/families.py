@@ -124,7 +124,7 @@ def find_groups(model: Any) -> list[Group]:
     """
     family, groups = family_of(model), []
     for index, block in enumerate(find_blocks(model)):
-        groups += [_heads(family, index, block, _head_dim(model.config)), _neurons(family, index, block)]
+        groups += [_heads(family, index, block, head_dim(model.config)), _neurons(family, index, block)]
     return groups
 
 
@@ -167,6 +167,11 @@ def sliding_window(config: Any, block: int) -> int | None:
     return getattr(config, "sliding_window", None) if local else None
 
 
+def head_dim(config: Any) -> int:
+    """The width of one head. Pruning never changes it, so the dense model's config tells it."""
+    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+
+
 def weight(linear: nn.Module) -> Tensor:
     """[out, in] view of a linear's weight; GPT-2's Conv1D stores it transposed."""
     value = linear.weight
@@ -174,13 +179,13 @@ def weight(linear: nn.Module) -> Tensor:
     return value if isinstance(linear, nn.Linear) else value.T
 
 
-def _heads(family: Family, index: int, block: nn.Module, head_dim: int) -> Group:
+def _heads(family: Family, index: int, block: nn.Module, head_width: int) -> Group:
     linears = [block.get_submodule(path) for path in family.qkv]
     parts = 3 if len(linears) == 1 else 1
     consumer = block.get_submodule(family.attention_out)
-    units = weight(linears[-1]).shape[0] // head_dim // parts  # the value's rows tell the number of key/value heads
-    query_heads = weight(consumer).shape[1] // head_dim // units
-    counts = _counts(block, family.head_counts, query_heads) + _counts(block, family.head_widths, query_heads * head_dim)
+    units = weight(linears[-1]).shape[0] // head_width // parts  # the value's rows tell the number of key/value heads
+    query_heads = weight(consumer).shape[1] // head_width // units
+    counts = _counts(block, family.head_counts, query_heads) + _counts(block, family.head_widths, query_heads * head_width)
     producers = tuple(Producer(linear, parts) for linear in linears)
     return Group(f"{index}.heads", index, "heads", producers, consumer, units, counts, query_heads)
 
@@ -194,11 +199,6 @@ def _neurons(family: Family, index: int, block: nn.Module) -> Group:
 def _counts(block: nn.Module, paths: Sequence[str], per_unit: int) -> tuple[tuple[nn.Module, str, int], ...]:
     split = [path.rpartition(".") for path in paths]
     return tuple((block.get_submodule(parent), name, per_unit) for parent, _, name in split)
-
-
-def _head_dim(config: Any) -> int:
-    """The width of one head. Pruning never changes it, so the dense model's config tells it."""
-    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
 
 
 def check_finite(model: nn.Module) -> None:

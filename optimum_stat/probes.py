@@ -18,6 +18,7 @@ from .data import Batches
 from .families import Group, weight
 
 Visit = Callable[[Group, Tensor], Tensor | None]
+FISHER_TOKENS = 2048  # a diagonal has one number a channel: it needs far fewer tokens than a Gram matrix
 
 
 @contextmanager
@@ -50,27 +51,29 @@ def on_output_gradient(groups: Iterable[Group], visit: Callable[[Group, Tensor],
 
 @contextmanager
 def quiet(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode, no parameter gradients, no key/value cache, full float32 products; all is put back afterwards."""
+    """Evaluation mode, no parameter gradients, no key/value cache, named outputs, full float32 products; all is put back afterwards."""
     modes = [(module, module.training) for module in model.modules()]
-    wanted = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    # by name: the work inside may replace parameters, and the new ones are to be what the old ones were
+    wanted = [(m, name, p.requires_grad) for m in model.modules() for name, p in m.named_parameters(recurse=False)]
     config: Any = getattr(model, "config", None)
-    cache = getattr(config, "use_cache", None)
+    borrowed = {"use_cache": False, "return_dict": True}
+    before = {name: getattr(config, name) for name in borrowed if getattr(config, name, None) is not None}
     precision = torch.get_float32_matmul_precision()
     try:
         torch.set_float32_matmul_precision("highest")  # TF32 has too few digits for a Gram matrix
         model.eval()
         model.requires_grad_(False)
-        if cache:
-            config.use_cache = False
+        for name in before:
+            setattr(config, name, borrowed[name])
         yield
     finally:
         torch.set_float32_matmul_precision(precision)
-        if cache:
-            config.use_cache = cache
+        for name, value in before.items():
+            setattr(config, name, value)
         for module, mode in modes:
             module.training = mode
-        for parameter, value in wanted:
-            parameter.requires_grad_(value)
+        for module, name, value in wanted:
+            getattr(module, name).requires_grad_(value)
 
 
 def output_fisher(model: nn.Module, groups: list[Group], batches: Batches, seed: int) -> dict[str, Tensor]:
@@ -79,38 +82,57 @@ def output_fisher(model: nn.Module, groups: list[Group], batches: Batches, seed:
     `F_c = E[g_c^2]` with g the gradient of the model's own log-likelihood at a consumer's output. No labels: the
     gradient at the model's output is drawn as `sqrt(p) * e - p <sqrt(p), e>`, e standard normal, whose covariance is
     the softmax's Fisher `diag(p) - p p^T` exactly; outputs that are not logits count as means of unit-variance Gaussians.
-    One forward and one backward pass, without gradients of weights. Call it inside `quiet(model)`.
+    One forward and one backward pass over about 2,048 tokens, without gradients of weights. Call it inside `quiet(model)`.
     """
-    generator = torch.Generator().manual_seed(seed)
+    generators = [torch.Generator().manual_seed(seed + output) for output in range(2)]  # start and end: two outputs
     totals = {group.name: torch.zeros(weight(group.consumer).shape[0], dtype=torch.float64) for group in groups}
-    mask = torch.empty(0)
+    mask, num_tokens = torch.empty(0), 0
 
     def add(group: Group, gradient: Tensor) -> None:
         totals[group.name] += real_rows(gradient, mask).double().square().sum(0).cpu()
 
-    with on_output_gradient(groups, add), _differentiable_embeddings(model):
-        for batch in tqdm(batches, desc="Gradients", unit="batch"):
-            inputs = {name: value.to(device_of(model)) for name, value in batch.items()}
+    with torch.enable_grad(), on_output_gradient(groups, add), _differentiable_embeddings(model):
+        for inputs in tqdm(_some_examples(batches), desc="Gradients", unit="batch"):
+            inputs = {name: value.to(device_of(model)) for name, value in inputs.items()}
             mask = inputs["attention_mask"]
-            outputs, drawn = _drawn_gradients(model(**inputs), mask, generator)
+            num_tokens += int(mask.sum())
+            outputs, drawn = _drawn_gradients(model(**inputs), mask, generators)
             torch.autograd.backward(outputs, drawn)
-    return {name: total / batches.num_tokens for name, total in totals.items()}
+    return {name: total / num_tokens for name, total in totals.items()}
 
 
-def _drawn_gradients(output: Any, mask: Tensor, generator: torch.Generator) -> tuple[list[Tensor], list[Tensor]]:
+def _some_examples(batches: Batches) -> list[dict[str, Tensor]]:
+    """About FISHER_TOKENS tokens, spread evenly over the data, in small parts: backward passes need memory."""
+    parts = []
+    for batch in batches:
+        count, length = batch["input_ids"].shape
+        for rows in torch.split(torch.arange(count), max(1, 1024 // length)):
+            parts.append({name: value[rows] for name, value in batch.items()})
+    return parts[:: max(1, batches.num_tokens // FISHER_TOKENS)]
+
+
+def _drawn_gradients(output: Any, mask: Tensor, generators: list[torch.Generator]) -> tuple[list[Tensor], list[Tensor]]:
     """The model's predictions and a random gradient for each, drawn from their Fisher information."""
     names = [name for name in ("logits", "start_logits", "end_logits") if name in output] or ["last_hidden_state"]
     outputs = [output[name] for name in names]
     drawn = []
-    for name, value in zip(names, outputs, strict=True):
-        noise = torch.randn(value.shape, generator=generator).to(value.device, torch.float32)
+    for name, value, generator in zip(names, outputs, generators, strict=False):
+        over_tokens = name in ("start_logits", "end_logits")  # a softmax over the tokens of the sequence
+        noise = _noise(value, mask if over_tokens or value.dim() == 3 else None, generator)
         if name != "last_hidden_state" and value.shape[-1] > 1:
-            root = value.detach().float().softmax(-1).sqrt()
+            logits = value.detach().float()
+            root = (logits.masked_fill(mask == 0, -torch.inf) if over_tokens else logits).softmax(-1).sqrt()
             noise = root * noise - root.square() * (root * noise).sum(-1, keepdim=True)
-        if value.dim() == 3:  # one prediction per token: padding predicts nothing
-            noise = noise * mask[..., None]
         drawn.append(noise.to(value.dtype))
     return outputs, drawn
+
+
+def _noise(value: Tensor, mask: Tensor | None, generator: torch.Generator) -> Tensor:
+    """Standard normal, zero on padding; drawn example by example, so neither padding nor batch size changes the draw."""
+    noise = torch.zeros(value.shape)
+    for row, real in zip(noise, [slice(None)] * len(noise) if mask is None else mask.bool().cpu(), strict=True):
+        row[real] = torch.randn(row[real].shape, generator=generator)
+    return noise.to(value.device)
 
 
 @contextmanager

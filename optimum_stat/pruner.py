@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, ClassVar, Generic, TypeVar, final
 
@@ -44,14 +45,21 @@ class Pruner(ABC, Generic[C]):
         config: C,
         tokenizer: PreTrainedTokenizerBase | None = None,
         source: str | None = None,
+        *,
+        caller_holds_model: bool = True,
     ):
-        """Use `from_pretrained`. `source` is the Hub id or folder the model came from."""
+        """Use `from_pretrained`. `source` is the Hub id or folder the model came from.
+
+        While somebody else holds the model, its old weights are kept until pruning has succeeded, to put them back if it
+        does not; that needs memory for a second model.
+        """
         checkpoint.refuse_quantized(model)
         find_groups(model)  # an unknown family is refused here, before any data is read
-        self.model, self.config, self.tokenizer, self.source = model, config, tokenizer, source
+        self._model: PreTrainedModel | None = model
+        self.config, self.tokenizer, self.source = config, tokenizer, source
         self.metrics: list[dict[str, Any]] = []
         self._report: PruningReport | None = None
-        self._broken = False
+        self._guard = restored_on_error if caller_holds_model else self._lost_on_error
 
     @classmethod
     def from_pretrained(
@@ -70,14 +78,15 @@ class Pruner(ABC, Generic[C]):
         live model is pruned in place.
         """
         model, tokenizer, source = checkpoint.load(model_or_path, tokenizer=tokenizer, task=task, **kwargs)
-        return cls(model, config if config is not None else cls.config_class(), tokenizer, source)
+        live = model is model_or_path
+        return cls(model, config if config is not None else cls.config_class(), tokenizer, source, caller_holds_model=live)
 
     @final
     def prune(self, dataset: Any, *, text_columns: Sequence[str] | None = None) -> PreTrainedModel:
         """Prune the model in place and return it.
 
         dataset: a `datasets.Dataset` (raw text or tokenized), a list of strings, pairs or dicts, or ready batches.
-        If anything goes wrong the model is left as it was.
+        If anything goes wrong, a model that was handed in live is as it was before, bit for bit.
         """
         model, config = self.model, self.config
         check_finite(model)
@@ -87,7 +96,7 @@ class Pruner(ABC, Generic[C]):
         dense, stages = self._cost(batches), dict[str, Stage]()
         groups = find_groups(model)
         limit = self._limit(groups, batches)
-        with quiet(model), restored_on_error(model):
+        with quiet(model), self._guard(model):
             with timed(stages, "measure", device_of(model)):
                 stats = self.measure(groups, batches)
                 ranking = self.rank(groups, stats)
@@ -123,6 +132,13 @@ class Pruner(ABC, Generic[C]):
         """Correct the weights that stay. May slice blocks itself where later statistics have to see them small."""
 
     @property
+    def model(self) -> PreTrainedModel:
+        """The model: dense before `prune`, pruned after it."""
+        if self._model is None:
+            raise RuntimeError("An earlier prune() failed half way and the model is lost: make a new pruner.")
+        return self._model
+
+    @property
     def report(self) -> PruningReport:
         """What the last `prune` did."""
         if self._report is None:
@@ -142,6 +158,15 @@ class Pruner(ABC, Generic[C]):
         `kwargs`: private, token, commit_message, revision, create_pr, max_shard_size.
         """
         return checkpoint.push(self, repo_id, **kwargs)
+
+    @contextmanager
+    def _lost_on_error(self, model: PreTrainedModel) -> Iterator[None]:
+        """Do not let a half-pruned model be pruned or saved."""
+        try:
+            yield
+        except BaseException:
+            self._model = None
+            raise
 
     def _limit(self, groups: list[Group], batches: Batches) -> float:
         """What the kept units may cost together: the asked share of the blocks, less what no plan can remove."""
@@ -178,7 +203,11 @@ class Pruner(ABC, Generic[C]):
         stages: dict[str, Stage],
     ) -> PruningReport:
         pruned, budget = self._cost(batches), f"block_{self.config.budget}"
-        lines = [GroupReport(g.name, g.units, kept[g.name], float(ranking.error[g.name][kept[g.name]])) for g in groups]
+        lines = []
+        for g in groups:
+            curve = ranking.error[g.name]
+            share = float(curve[kept[g.name]] / curve[0]) if curve[0] else 0.0
+            lines.append(GroupReport(g.name, g.units, kept[g.name], share))
         return PruningReport(
             method=self.method,
             keep=self.config.keep,

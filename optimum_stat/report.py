@@ -15,13 +15,13 @@ import torch
 
 @dataclass(frozen=True)
 class GroupReport:
-    """One group: how many units it had and keeps, and the share of its output that the method expected to lose."""
+    """One group: how many units it had and keeps, and what the method expected that to cost."""
 
     name: str
     units: int
     kept: int
     error: float
-    """The method's predicted error at this size, in the unit of its ranking (0 if nothing was removed)."""
+    """The predicted error at this size, as a share of the error of removing the whole group (0 if nothing was removed)."""
 
 
 @dataclass(frozen=True)
@@ -75,11 +75,11 @@ class PruningReport:
         lines = [
             f"{self.method}: {self.reached:.1%} of the blocks' {self.budget} kept ({self.keep:.1%} asked), "
             f"{self.num_tokens:,} tokens of {self.data}",
-            f"{'group':<14}{'units':>8}{'kept':>8}{'share':>8}{'error':>12}",
+            f"{'group':<14}{'units':>8}{'kept':>8}{'share':>8}{'error':>9}",
         ]
         for group in self.groups:
             share = group.kept / group.units
-            lines.append(f"{group.name:<14}{group.units:>8}{group.kept:>8}{share:>8.0%}{group.error:>12.3g}")
+            lines.append(f"{group.name:<14}{group.units:>8}{group.kept:>8}{share:>8.0%}{group.error:>9.2%}")
         for name, stage in self.stages.items():
             peak = "" if stage.peak_bytes is None else f", {stage.peak_bytes / 2**20:,.0f} MiB more than before"
             lines.append(f"{name}: {stage.seconds:.1f} s{peak}")

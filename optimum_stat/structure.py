@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from .families import Group, family_of, find_groups
+from .families import Group, family_of, find_groups, head_dim
 from .slicing import slice_group
 
 KEY = "stat_pruning"
@@ -42,6 +42,7 @@ def write_record(model: nn.Module) -> None:
     if names:
         # transformers plans static caches from this; without the flag it refuses to read the dense sizes at all
         config.allow_global_per_layer_attribute_access = True
+        config.head_dim = head_dim(config)  # else it would divide the hidden size by each layer's number of heads
         layers = zip(*(record[name] for name in SIZES), strict=True)
         config.per_layer_config = {i: dict(zip(names, layer, strict=True)) for i, layer in enumerate(layers)}
 
@@ -106,6 +107,9 @@ def _check_form(record: Any) -> None:
             f"{KEY} in config.json has format {found!r}; this optimum-stat reads format {FORMAT}. "
             "A newer optimum-stat may know it: pip install -U optimum-stat."
         )
+    unknown = sorted(record.keys() - {"format", *SIZES})
+    if unknown:
+        raise ValueError(f"{KEY} in config.json holds {', '.join(unknown)}, which format {FORMAT} does not have.")
     for name in SIZES:
         sizes = record.get(name)
         if not isinstance(sizes, list) or not all(type(size) is int for size in sizes):

@@ -18,6 +18,7 @@ from .data import Batches
 from .families import Group, find_blocks
 from .probes import Visit, device_of, on_consumer_input, real_rows
 
+CHUNK = 2048
 Call = tuple[tuple[Any, ...], dict[str, Any]]
 
 
@@ -46,22 +47,20 @@ class BlockWalk:
             self._calls.append([_without_hidden(call) for call in calls])
 
     @torch.no_grad()
-    def run(self, index: int, groups: list[Group], visit: Visit) -> None:
+    def run(self, index: int, groups: list[Group], visit: Visit, advance: bool = False) -> None:
         """Run one block on every batch and show `visit` the real tokens' inputs [tokens, width] of the groups' consumers.
 
-        `groups` stand in the order of the forward pass; the block is left as soon as the last has been seen. Inputs in
-        half precision are shown in float32.
+        `groups` stand in the order of the forward pass. The block is left as soon as the last has been seen, unless
+        `advance` asks to go on to the next block in the same run. Inputs in half precision are shown in float32, and those
+        of short batches together, about CHUNK tokens at a time: many rows cost hardly more than few.
         """
-        for batch, mask in enumerate(self.masks):
-
-            def see(group: Group, z: Tensor, mask: Tensor = mask) -> None:
-                rows = real_rows(z, mask)
-                visit(group, rows if rows.dtype == torch.float64 else rows.float())
-                if group is groups[-1]:
-                    raise _Stop
-
-            with on_consumer_input(groups, see), suppress(_Stop):
-                self._forward(index, batch)
+        waiting: list[list[Tensor]] = []
+        for batch in range(len(self.masks)):
+            waiting.append(self._consumer_inputs(index, groups, batch, advance))
+            if sum(len(rows[0]) for rows in waiting) >= CHUNK or batch == len(self.masks) - 1:
+                for group, *parts in zip(groups, *waiting, strict=True):
+                    visit(group, torch.cat(parts))
+                waiting.clear()
 
     @torch.no_grad()
     def advance(self, index: int) -> None:
@@ -69,19 +68,41 @@ class BlockWalk:
         for batch in range(len(self.masks)):
             self.hidden[batch] = self._forward(index, batch)
 
-    def steps(self, what: str) -> Iterator[int]:
-        """The blocks' indices, under a progress bar."""
-        return iter(tqdm(range(len(self.blocks)), desc=what, unit="block"))
+    def _consumer_inputs(self, index: int, groups: list[Group], batch: int, advance: bool) -> list[Tensor]:
+        seen: list[Tensor] = []
 
-    def mean_energy(self) -> float:
-        """Mean squared norm of the current hidden states, over real tokens."""
-        total = sum(float(real_rows(h, m).float().square().sum()) for h, m in zip(self.hidden, self.masks, strict=True))
-        return total / max(1, sum(int(mask.sum()) for mask in self.masks))
+        def see(group: Group, z: Tensor) -> None:
+            rows = real_rows(z, self.masks[batch])
+            seen.append(rows if rows.dtype == torch.float64 else rows.float())
+            if not advance and len(seen) == len(groups):
+                raise _Stop
+
+        with on_consumer_input(groups, see), suppress(_Stop):
+            output = self._forward(index, batch)
+            if advance:
+                self.hidden[batch] = output
+        return seen
 
     def _forward(self, index: int, batch: int) -> Tensor:
         args, kwargs = self._calls[batch][index]
         output = self.blocks[index](self.hidden[batch], *args, **kwargs)
         return output if isinstance(output, Tensor) else output[0]
+
+    def steps(self, what: str) -> Iterator[int]:
+        """The blocks' indices, under a progress bar."""
+        return iter(tqdm(range(len(self.blocks)), desc=what, unit="block"))
+
+    def inverse_energy(self) -> float:
+        """Mean of 1 / ||x||^2 over real tokens, x the current hidden states: what a squared error is worth after a norm.
+
+        The mean of the inverse, not the inverse of the mean: a few tokens with massive activations would hide all others.
+        NaN if a hidden state is not finite.
+        """
+        pairs = zip(self.hidden, self.masks, strict=True)
+        energy = torch.cat([real_rows(hidden, mask).double().square().sum(1) for hidden, mask in pairs])
+        if not torch.isfinite(energy).all():
+            return float("nan")
+        return float((1 / energy.clamp_min(torch.finfo(torch.float32).tiny)).mean())
 
 
 def _record_calls(model: nn.Module, blocks: nn.ModuleList, inputs: dict[str, Tensor]) -> list[Call]:

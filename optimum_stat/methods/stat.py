@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import ClassVar, final
@@ -22,15 +23,17 @@ from ..walk import BlockWalk
 from . import stat_published
 
 METRICS = ("stream", "fisher")
+OVERFLOW = "Does the model overflow in its dtype? Try dtype=torch.float32 or torch.bfloat16."
 
 
 @dataclass(frozen=True)
 class STATConfig(PruningConfig):
     """The best recipe measured within STAT's family; `STATConfig.paper()` is the published algorithm."""
 
-    metric: str = "stream"
-    """What an error in a consumer's output is worth: "stream", its energy relative to the residual stream that it is
-    added to; "fisher", its effect on the model's own predictions, from one backward pass (no labels needed)."""
+    metric: str = "fisher"
+    """What an error in a consumer's output is worth: "fisher", its effect on the model's own predictions, from a backward
+    pass over about 2,048 tokens (no labels needed); "stream", gradient-free, its energy relative to that of the residual
+    stream behind it, token by token."""
     ridge: float = 0.01
     """Damping of every least-squares problem, relative to the diagonal of its Gram matrix. Ours: with 10 tokens per kept
     unit 0.01 lost least on held-out tokens among 1e-4 to 0.1; STAT has none."""
@@ -53,7 +56,7 @@ class STATConfig(PruningConfig):
         output weights, the share of heads in the MACs is computed for the model at hand instead of copied from one
         task, and no block loses its last head. Source: 2406.00061 and its authors' code of December 2023.
         """
-        return cls(keep=keep, budget=budget, round_to=1, ridge=0.0, published=True)
+        return cls(keep=keep, budget=budget, round_to=1, metric="stream", ridge=0.0, published=True)
 
 
 @dataclass(frozen=True)
@@ -96,12 +99,15 @@ class STATPruner(Pruner[STATConfig]):
         walk = BlockWalk(self.model, batches)
         for index in walk.steps("Measuring"):
             own = [group for group in groups if group.block == index]
-            grams = _grams(walk, index, own)
-            walk.advance(index)
-            energy = walk.mean_energy()
+            grams = _grams(walk, index, own, advance=True)
+            worth = walk.inverse_energy()
             for group in own:
                 like = torch.ones(weight(group.consumer).shape[0], dtype=torch.float64, device=grams[group.name].device)
-                yield group, Moments(grams.pop(group.name), fisher.get(group.name, like / energy))
+                metric = fisher.get(group.name, like * worth)
+                if math.isnan(worth) or not torch.isfinite(metric).all():
+                    what = f"What block {index} gives" if math.isnan(worth) else f"The gradient at {group.name}"
+                    raise ValueError(f"{what} is NaN or infinite; nothing can be decided from it. {OVERFLOW}")
+                yield group, Moments(grams.pop(group.name), metric)
 
     def rank(self, groups: list[Group], stats: Iterable[tuple[Group, Moments]]) -> Ranking:
         """Backward elimination per group (published: pivoted QR)."""
@@ -110,8 +116,10 @@ class STATPruner(Pruner[STATConfig]):
         order: dict[str, Tensor] = {}
         error: dict[str, Tensor] = {}
         for group, moments in stats:
-            scaled = moments.metric.sqrt()[:, None] * weight(group.consumer).to(moments.gram)
-            order[group.name], error[group.name] = backward_elimination(moments.gram, scaled, group.width, self.config.ridge)
+            # an order needs no more than single precision once the ridge bounds the condition number
+            gram = moments.gram.float() if self.config.ridge >= 1e-3 else moments.gram
+            scaled = moments.metric.sqrt()[:, None] * weight(group.consumer)
+            order[group.name], error[group.name] = backward_elimination(gram, scaled, group.width, self.config.ridge)
         return Ranking(order, error)
 
     def allocate(self, groups: list[Group], ranking: Ranking, limit: float, batches: Batches) -> dict[str, int]:
@@ -153,15 +161,14 @@ class STATPruner(Pruner[STATConfig]):
                 _apply(group, keep, corrected)
 
 
-def _grams(walk: BlockWalk, index: int, groups: list[Group]) -> dict[str, Tensor]:
+def _grams(walk: BlockWalk, index: int, groups: list[Group], advance: bool = False) -> dict[str, Tensor]:
     """The full Gram matrix of each group's consumer input, all groups of one block in one run."""
     grams = {g.name: _square(g.units * g.width, g) for g in groups}
-    walk.run(index, groups, lambda group, z: add_to_gram(grams[group.name], z))
+    walk.run(index, groups, lambda group, z: add_to_gram(grams[group.name], z), advance)
     for name, gram in grams.items():
         if not torch.isfinite(symmetrize(gram)).all():
             raise ValueError(
-                f"The activations that enter {name} are NaN or infinite; nothing can be decided from them. "
-                "Does the model overflow in its dtype? Try dtype=torch.float32 or torch.bfloat16."
+                f"The activations that enter {name} are NaN or infinite; nothing can be decided from them. {OVERFLOW}"
             )
     return grams
 
@@ -172,7 +179,7 @@ def _corrected_weight(walk: BlockWalk, group: Group, keep: Tensor, ridge: float)
     columns = consumer_columns(group, keep).to(full.device)
     gone = torch.ones(full.shape[1], dtype=torch.bool, device=full.device).index_fill_(0, columns, False)
     rest = gone.nonzero().flatten()
-    lost = full[:, rest].T.float()
+    lost = full[:, rest].T.to(torch.promote_types(full.dtype, torch.float32))
     gram, cross = _square(len(columns), group), torch.zeros(len(columns), len(full)).to(lost.device, torch.float64)
 
     def add(_: Group, z: Tensor) -> None:

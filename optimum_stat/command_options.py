@@ -1,0 +1,171 @@
+"""The options of the commands. Those of a method's configuration are read from its source, not imported.
+
+`optimum-cli` builds every parser at every start, and a configuration's module imports torch. The source also holds what
+an import does not: the docstring under each field.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+PACKAGE = Path(__file__).parent
+DEFAULT_METHOD = "stat"
+READING = ("seq_len", "num_tokens", "max_examples", "batch_size", "seed")
+
+
+@dataclass(frozen=True)
+class ConfigField:
+    """One field of a configuration, as its source has it."""
+
+    name: str
+    annotation: str
+    default: str
+    doc: str
+
+    @property
+    def flag(self) -> str:
+        """Its option."""
+        return "--" + self.name.replace("_", "-")
+
+
+def shared_fields() -> tuple[ConfigField, ...]:
+    """The fields that every method has."""
+    return _fields(_classes(PACKAGE / "config.py")["PruningConfig"])
+
+
+def methods() -> dict[str, tuple[ConfigField, ...]]:
+    """Method name -> the fields of its configuration that are its own."""
+    found = {}
+    for path in sorted((PACKAGE / "methods").glob("*.py")):
+        classes = _classes(path)
+        for node in classes.values():
+            values = {a.target.id: a.value for a in node.body if isinstance(a, ast.AnnAssign) and isinstance(a.target, ast.Name)}
+            name, config = values.get("method"), values.get("config_class")
+            if isinstance(name, ast.Constant) and isinstance(config, ast.Name):
+                found[str(name.value)] = _fields(classes[config.id])
+    return found
+
+
+def add_config_options(parser: argparse.ArgumentParser) -> None:
+    """One option for every field of every method's configuration; what is not given stays out of the result."""
+    known = methods()
+    group = parser.add_argument_group("how much to keep, and on how much data to decide it")
+    group.add_argument("--method", choices=sorted(known), default=DEFAULT_METHOD, help="what chooses (default: %(default)s)")
+    group.add_argument(
+        "--paper", action="store_true", help="start from the method's published configuration instead of its best one"
+    )
+    for field in shared_fields():
+        _add_field(group, field, _help(field))
+    own: dict[str, dict[str, ConfigField]] = {}
+    for method, fields in known.items():
+        for field in fields:
+            own.setdefault(field.name, {})[method] = field
+    groups = {method: parser.add_argument_group(f"of method {method} only") for method in known}
+    for by_method in own.values():
+        field = next(iter(by_method.values()))
+        several = len(by_method) > 1
+        texts = [(f"{method}: " if several else "") + _help(each) for method, each in by_method.items()]
+        _add_field(groups[next(iter(by_method))], field, " ".join(texts))
+
+
+def given_config(args: argparse.Namespace) -> dict[str, Any]:
+    """The configuration's fields that the user gave. Raises KeyError, with the option, if the method has no such field."""
+    known = methods()
+    own = {field.name: field for fields in known.values() for field in fields}
+    everything = {field.name: field for field in shared_fields()} | own
+    given = {name: value for name, value in vars(args).items() if name in everything}
+    wrong = sorted(given.keys() & own.keys() - {field.name for field in known[args.method]})
+    if wrong:
+        raise KeyError(own[wrong[0]].flag)
+    return given
+
+
+def add_reading_options(parser: argparse.ArgumentParser) -> None:
+    """The shared fields that say how data is read; all of it by default."""
+    group = parser.add_argument_group("how much of the data")
+    for field in shared_fields():
+        if field.name in READING:
+            whole = dataclasses.replace(field, default="all") if field.name == "num_tokens" else field
+            _add_field(group, whole, _help(whole))
+
+
+def given_reading(args: argparse.Namespace) -> dict[str, Any]:
+    """What the user gave of `add_reading_options`."""
+    return {name: value for name, value in vars(args).items() if name in READING}
+
+
+def add_data_options(parser: argparse.ArgumentParser, split_help: str) -> None:
+    """Which text to read."""
+    group = parser.add_argument_group("data")
+    group.add_argument(
+        "-d",
+        "--dataset",
+        help="a dataset on the Hub, a folder of data, or a file: .txt (one row a line), .jsonl, .json, .csv, .parquet "
+        "(default: a public-domain text that ships with the package; your own data is better)",
+    )
+    group.add_argument("--dataset-config", metavar="NAME", help="the dataset's configuration, such as sst2 of nyu-mll/glue")
+    group.add_argument("--split", help=split_help)
+    group.add_argument(
+        "--text-columns",
+        nargs="+",
+        metavar="COLUMN",
+        help="the column with the text, or two for pairs (default: found by name, such as text, or premise and hypothesis)",
+    )
+    group.add_argument("--streaming", action="store_true", help="read rows as needed instead of downloading the whole dataset")
+
+
+def add_model_options(parser: argparse.ArgumentParser) -> None:
+    """How to load a model."""
+    group = parser.add_argument_group("loading")
+    group.add_argument("--task", help="what the model is for, if its config does not say: text-classification, fill-mask, ...")
+    group.add_argument("--dtype", help="float32, bfloat16, float16 (default: as the weights are stored)")
+    group.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: cuda if there is one, else cpu)")
+    group.add_argument("--device-map", help="as in transformers, such as auto; instead of --device")
+    group.add_argument("--revision", help="branch, tag or commit of the model's repo")
+    group.add_argument("--gguf-file", metavar="NAME", help="load this file of the model's folder or repo")
+    group.add_argument("--trust-remote-code", action="store_true", help="run the Python code that the model's repo holds")
+
+
+def add_output_options(parser: argparse.ArgumentParser) -> None:
+    """What to print."""
+    group = parser.add_argument_group("output")
+    group.add_argument("--json", action="store_true", help="print one JSON object, and nothing else, on standard output")
+    group.add_argument("--quiet", action="store_true", help="no progress bars, notes and warnings")
+    group.add_argument("--debug", action="store_true", help="show where an error came from")
+
+
+def _classes(path: Path) -> dict[str, ast.ClassDef]:
+    return {node.name: node for node in ast.parse(path.read_text("utf-8")).body if isinstance(node, ast.ClassDef)}
+
+
+def _fields(node: ast.ClassDef) -> tuple[ConfigField, ...]:
+    fields = []
+    for item, after in zip(node.body, [*node.body[1:], None], strict=True):
+        if isinstance(item, ast.AnnAssign) and isinstance(item.target, ast.Name) and item.value is not None:
+            text = after.value.value if isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant) else ""
+            default = ast.unparse(item.value).strip("'")
+            fields.append(ConfigField(item.target.id, ast.unparse(item.annotation), default, " ".join(str(text).split())))
+    return tuple(fields)
+
+
+def _help(field: ConfigField) -> str:
+    return f"{field.doc} (default: {field.default.lower() if field.default == 'None' else field.default})"
+
+
+def number(text: str) -> int | None:
+    """A whole number, or None for "none" and "all"."""
+    return None if text.lower() in ("none", "all") else int(text)
+
+
+def _add_field(group: Any, field: ConfigField, text: str) -> None:
+    about: dict[str, Any] = {"default": argparse.SUPPRESS, "help": text.replace("%", "%%")}
+    if field.annotation == "bool":
+        group.add_argument(field.flag, action=argparse.BooleanOptionalAction, **about)
+    else:
+        kinds = {"float": float, "int": int, "int | None": number}
+        group.add_argument(field.flag, type=kinds.get(field.annotation, str), **about)

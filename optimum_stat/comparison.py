@@ -1,0 +1,229 @@
+"""A pruned model beside its dense one: measured on data, or the sizes of their blocks."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import json
+import logging
+import math
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import hf_hub_download, try_to_load_from_cache
+from transformers import AutoConfig, AutoModel
+
+from . import card, checkpoint
+from .budget import model_cost
+from .evaluation import Data, Measured, cosine, measure, task_of
+from .rows import Rows
+from .structure import KEY, SIZES, describe
+
+logger = logging.getLogger(__name__)
+PER_LAYER = "per_layer_config"
+
+
+@dataclass(frozen=True)
+class Side:
+    """One of the two models: what it is called, what `measure` found, and the bytes of its weights' files."""
+
+    name: str
+    measured: Measured
+    size_on_disk: int | None
+
+    @property
+    def megabytes(self) -> float | None:
+        """`size_on_disk` for people."""
+        return self.size_on_disk and self.size_on_disk / 1e6
+
+    @property
+    def milliseconds(self) -> float:
+        """The forward pass's time for people."""
+        return self.measured.seconds * 1e3
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What `compare` found. `str()` is a table; `to_dict()` holds plain JSON values."""
+
+    pruned: Side
+    dense: Side | None
+    dataset: str
+
+    @property
+    def metrics(self) -> list[dict[str, Any]]:
+        """As recipes hold them: name, dataset, value, dense."""
+        beside = self.dense.measured.metrics if self.dense else {}
+        found = {name: (value, beside.get(name)) for name, value in self.pruned.measured.metrics.items()}
+        ours, theirs = self.pruned.measured.embeddings, self.dense.measured.embeddings if self.dense else None
+        if ours is not None and theirs is not None:
+            found["cosine_with_dense"] = (cosine(ours, theirs), 1.0)
+        return [
+            {"name": name, "dataset": self.dataset, "value": _short(value), "dense": _short(dense)}
+            for name, (value, dense) in found.items()
+        ]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything, as plain JSON values."""
+        return {
+            "task": self.pruned.measured.task,
+            "dataset": self.dataset,
+            "metrics": self.metrics,
+            "pruned": _plain(self.pruned),
+            "dense": None if self.dense is None else _plain(self.dense),
+        }
+
+    def __str__(self) -> str:
+        pruned, dense = self.pruned, self.dense
+        tokens = pruned.measured.num_tokens
+        rows = [("", "dense" if dense else "", "model", "ratio" if dense else "")]
+        rows += [_row(m["name"], m["dense"], m["value"], "{:.4f}") for m in self.metrics]
+        rows.append(_row("parameters", dense.measured.parameters if dense else None, pruned.measured.parameters, "{:,}"))
+        rows.append(_row("MB on disk", dense.megabytes if dense else None, pruned.megabytes, "{:,.1f}"))
+        rows.append(_row(f"ms for {tokens} tokens", dense.milliseconds if dense else None, pruned.milliseconds, "{:,.1f}"))
+        lines = [f"{name:<22}{dense:>16}{value:>16}{ratio:>8}".rstrip() for name, dense, value, ratio in rows]
+        about = [f"model: {self.pruned.name}", *([f"dense: {self.dense.name}"] if self.dense else []), f"data: {self.dataset}"]
+        return "\n".join([*about, *lines])
+
+
+def compare(model: str, dense: str | None, data: Data, *, must: bool, task: str | None, device: Any, **kwargs: Any) -> Comparison:
+    """Measure `model`, then `dense`, one in memory at a time.
+
+    `kwargs` go to from_pretrained. If `dense` cannot be loaded and need not be (`must`), it is left out with a warning.
+    """
+    pruned, task = _side(model, data, task, device, **kwargs)
+    beside = None
+    if dense is not None:
+        own = {name: value for name, value in kwargs.items() if name not in ("revision", "gguf_file", "trust_remote_code")}
+        try:
+            beside, _ = _side(dense, data, task, device, **own)
+        except OSError as error:
+            if must:
+                raise
+            reason = " ".join(str(error).split())
+            logger.warning("the dense model %s cannot be loaded, so it is not measured: %s", dense, reason)
+    if not pruned.measured.metrics and beside is None:
+        raise ValueError(
+            f"{model} has no head: what is measured is how close its embeddings are to those of its dense model, and there is "
+            "none to compare with. Name it with --dense, or give pairs of texts with a score (--label-column)."
+        )
+    return Comparison(pruned, beside, Rows(data.dataset, data.text_columns, 1).source().partition(", columns ")[0])
+
+
+def base_model(model: str, revision: str | None) -> str | None:
+    """What the recipe of a pruned model says it was made from."""
+    try:
+        path = Path(model) / checkpoint.RECIPE
+        if not Path(model).is_dir():
+            path = Path(hf_hub_download(model, checkpoint.RECIPE, revision=revision))
+        source = json.loads(path.read_text())["base_model"]
+        return None if source is None else str(source)
+    except (OSError, ValueError, KeyError, TypeError):
+        return None  # not pruned by us, or not as a whole; --dense can say it
+
+
+def save(folder: Path, found: Comparison) -> None:
+    """Enter the metrics into the folder's recipe, in place of older ones on the same data, and render its card anew."""
+    from .methods import METHODS
+
+    recipe = json.loads((folder / checkpoint.RECIPE).read_text())
+    new = {(metric["name"], metric["dataset"]): metric for metric in found.metrics if metric["value"] is not None}
+    recipe["metrics"] = [m for m in recipe["metrics"] if (m["name"], m["dataset"]) not in new] + list(new.values())
+    paper = next((method.paper for method in METHODS if method.method == recipe["method"]), None)
+    if paper is None:
+        raise ValueError(f"{folder / checkpoint.RECIPE} names method {recipe['method']!r}, which this optimum-stat lacks.")
+    _replace(folder / "README.md", card.render(recipe, folder.absolute().name, paper))
+    _replace(folder / checkpoint.RECIPE, json.dumps(recipe, indent=2) + "\n")
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """What `sizes` found: the records of both models, and the parameters of their blocks."""
+
+    model: str
+    pruned: dict[str, Any]
+    dense: dict[str, Any]
+    block_params: tuple[int, int]
+    """Pruned, dense."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything, as plain JSON values."""
+        return {
+            "model": self.model,
+            "pruned": self.pruned,
+            "dense": self.dense,
+            "block_params": {"pruned": self.block_params[0], "dense": self.block_params[1]},
+        }
+
+    def __str__(self) -> str:
+        lines = [f"{'block':<8}{'heads':>14}{'key/value heads':>18}{'neurons':>18}"]
+        for index in range(len(self.pruned["heads"])):
+            kept = [f"{self.pruned[name][index]:,} of {self.dense[name][index]:,}" for name in SIZES]
+            lines.append(f"{index:<8}{kept[0]:>14}{kept[1]:>18}{kept[2]:>18}")
+        pruned, dense = self.block_params
+        return "\n".join([*lines, f"{pruned:,} of {dense:,} parameters in the blocks ({pruned / dense:.1%})"])
+
+
+def sizes(model: str, revision: str | None = None) -> Sizes:
+    """The record of a pruned model, beside the sizes it had. Builds both on the meta device; reads no weights."""
+    config = AutoConfig.from_pretrained(model, revision=revision)
+    if getattr(config, KEY, None) is None:
+        raise ValueError(f"config.json of {model} has no {KEY}: it was not pruned by optimum-stat.")
+    before: Any = copy.deepcopy(config)
+    setattr(before, KEY, None)
+    if getattr(before, PER_LAYER, None):
+        setattr(before, PER_LAYER, None)
+    with torch.device("meta"):
+        pruned, dense = AutoModel.from_config(config), AutoModel.from_config(before)
+    params = tuple(model_cost(each, "params", 1) for each in (pruned, dense))
+    return Sizes(model, describe(pruned), describe(dense), (params[0], params[1]))
+
+
+def _side(path: str, data: Data, task: str | None, device: Any, **kwargs: Any) -> tuple[Side, str]:
+    model, tokenizer, _ = checkpoint.load(path, task=task, **kwargs)
+    if device is not None:
+        model.to(device)
+    found = Side(path, measure(model, tokenizer, data), _size_on_disk(path, kwargs)), task_of(model)
+    del model
+    gc.collect()
+    return found
+
+
+def _size_on_disk(path: str, kwargs: dict[str, Any]) -> int | None:
+    """Bytes of the weights' files; None if they cannot be found."""
+    folder = Path(path)
+    if folder.is_file():  # a .gguf
+        return folder.stat().st_size
+    if not folder.is_dir():
+        cached = try_to_load_from_cache(path, "config.json", revision=kwargs.get("revision"))
+        if not isinstance(cached, str):
+            return None
+        folder = Path(cached).parent
+    patterns = [kwargs["gguf_file"]] if "gguf_file" in kwargs else ["*.safetensors", "*.bin"]
+    found = next((files for pattern in patterns if (files := list(folder.glob(pattern)))), [])
+    return sum(file.stat().st_size for file in found) or None
+
+
+def _plain(side: Side) -> dict[str, Any]:
+    measured = {name: value for name, value in vars(side.measured).items() if name not in ("embeddings", "metrics", "task")}
+    return {"name": side.name, **measured, "size_on_disk": side.size_on_disk}
+
+
+def _short(value: float | None) -> float | None:
+    """Six digits; None for what is no number."""
+    return None if value is None or not math.isfinite(value) else float(f"{value:.6g}")
+
+
+def _row(name: str, dense: float | None, value: float | None, how: str) -> tuple[str, str, str, str]:
+    ratio = f"{value / dense:.2f}" if value is not None and dense else ""
+    return name, "" if dense is None else how.format(dense), "" if value is None else how.format(value), ratio
+
+
+def _replace(path: Path, text: str) -> None:
+    """Write beside, then rename."""
+    beside = path.with_name(f".{path.name}.new")
+    beside.write_text(text, "utf-8")
+    os.replace(beside, path)

@@ -1,0 +1,23 @@
+"""One thread, no network, no progress bars, and a fixed seed before every test."""
+
+from __future__ import annotations
+
+import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # before huggingface_hub is imported: nothing here may reach out
+os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+import pytest
+import torch
+from transformers.utils import logging
+
+torch.set_num_threads(1)
+logging.disable_progress_bar()
+
+
+@pytest.fixture(autouse=True)
+def seed() -> int:
+    """The seed of torch's own generator at the start of every test."""
+    torch.manual_seed(0)
+    return 0

@@ -1,0 +1,406 @@
+"""The commands, as a user calls them: mostly in this process, a few as the installed scripts."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from datasets import Dataset
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    BertModel,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+    T5Config,
+    T5ForConditionalGeneration,
+)
+
+from optimum_stat import command_options
+from optimum_stat.commands import main
+from optimum_stat.config import PruningConfig
+from optimum_stat.methods import METHODS
+
+BIN = Path(sys.executable).parent
+SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}
+WORDS = ["First", "Citizen", "All", "Speak", "we", "are", "to", "die", "rather", "than", "you", "know", "the", "people", "him"]
+
+
+def save(model: Any, folder: Path) -> str:
+    for parameter in model.parameters():  # far enough from zero for pruning to change something
+        parameter.data += 0.2 * torch.randn_like(parameter)
+    own = Tokenizer(
+        models.WordLevel({word: i for i, word in enumerate(["[UNK]", "[PAD]", "[CLS]", "[SEP]", *WORDS])}, unk_token="[UNK]")
+    )
+    own.pre_tokenizer = pre_tokenizers.Whitespace()
+    own.post_processor = processors.TemplateProcessing("[CLS] $A [SEP]", "[CLS] $A [SEP] $B [SEP]", [("[CLS]", 2), ("[SEP]", 3)])
+    PreTrainedTokenizerFast(
+        tokenizer_object=own, unk_token="[UNK]", pad_token="[PAD]", cls_token="[CLS]", sep_token="[SEP]", model_max_length=64
+    ).save_pretrained(folder)
+    model.save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """Tiny dense models: a BERT classifier, a bare BERT, a Llama, and a family that is not known."""
+    torch.manual_seed(0)
+    home = tmp_path_factory.mktemp("dense")
+    config = BertConfig(vocab_size=30, max_position_embeddings=64, **SIZES)
+    llama = LlamaConfig(vocab_size=30, num_key_value_heads=2, max_position_embeddings=64, **SIZES)
+    t5 = T5Config(vocab_size=30, d_model=16, d_kv=4, d_ff=16, num_layers=1, num_heads=2)
+    return {
+        "classifier": save(BertForSequenceClassification(config), home / "classifier"),
+        "encoder": save(BertModel(config), home / "encoder"),
+        "llama": save(LlamaForCausalLM(llama), home / "llama"),
+        "t5": save(T5ForConditionalGeneration(t5), home / "t5"),
+    }
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """The same labelled sentences in every kind of file."""
+    home = tmp_path_factory.mktemp("data")
+    rows = {"sentence": [" ".join(WORDS[i % 7 : 9 + i % 11]) for i in range(40)], "label": [i % 2 for i in range(40)]}
+    dataset = Dataset.from_dict(rows)
+    dataset.to_json(home / "data.jsonl")
+    dataset.to_json(home / "array.json", lines=False)
+    dataset.to_csv(home / "data.csv")
+    dataset.to_parquet(home / "data.parquet")
+    dataset.save_to_disk(home / "folder")
+    (home / "data.txt").write_text("\n".join(rows["sentence"]) + "\n")
+    return {path.name: str(path) for path in home.iterdir()}
+
+
+@pytest.fixture(scope="module")
+def pruned(folders: dict[str, str], data: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """Pruned models, each from its command."""
+    home, found = tmp_path_factory.mktemp("pruned"), {}
+    for name in ("classifier", "encoder", "llama"):
+        found[name] = str(home / name)
+        main(["prune", found[name], "-m", folders[name], "-d", data["data.jsonl"], "--keep", "0.6", "--quiet"])
+    return found
+
+
+def fails(capsys: pytest.CaptureFixture[str], code: int, *argv: str) -> str:
+    """The last line on standard error of a command that ends with `code` and prints no result."""
+    with pytest.raises(SystemExit) as caught:
+        main(argv)
+    assert caught.value.code == code
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert "Traceback" not in err
+    return err.rstrip().rpartition("\n")[2]
+
+
+def shell(*command: str | Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(command, capture_output=True, text=True, check=False)
+
+
+def test_options_are_those_of_the_configurations() -> None:
+    for method in METHODS:
+        fields = {field.name: field for field in (*command_options.shared_fields(), *command_options.methods()[method.method])}
+        wanted = {field.name: str(field.default) for field in dataclasses.fields(method.config_class)}
+        assert {name: field.default.replace("_", "") for name, field in fields.items()} == wanted
+        assert all(field.doc.endswith((".", ")")) or field.doc for field in fields.values())
+    assert list(command_options.methods()) == sorted(method.method for method in METHODS)
+
+
+def test_both_scripts_show_every_option_without_importing_torch() -> None:
+    shown = [shell(BIN / "optimum-cli", "stat", "prune", "-h"), shell(BIN / "optimum-stat", "prune", "-h")]
+    for done in shown:
+        assert done.returncode == 0, done.stderr
+        assert all(field.name.replace("_", "-") in done.stdout for field in dataclasses.fields(PruningConfig))
+        assert "Share of the blocks' cost that stays" in done.stdout
+    code = "import sys, optimum_stat.commands as c; c.main(['--help'])"
+    done = shell(sys.executable, "-X", "importtime", "-c", code)
+    assert done.returncode == 0
+    loaded = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines() if line.startswith("import time:")}
+    assert "optimum_stat.commands" in loaded
+    assert not loaded & {"torch", "transformers", "datasets", "numpy"}
+
+
+def test_prune_through_optimum_cli(folders: dict[str, str], data: dict[str, str], tmp_path: Path) -> None:
+    command = ("stat", "prune", "-m", folders["llama"], "-d", data["data.txt"], "--keep", "0.5", "--json", str(tmp_path / "out"))
+    done = shell(BIN / "optimum-cli", *command)
+    assert done.returncode == 0, done.stderr
+    values = json.loads(done.stdout)
+    assert 0.3 < values["report"]["reached"] <= 0.5
+    assert values["report"]["data"] == "data.txt, split train, columns text"
+    load = shell(sys.executable, "-c", values["load"] + "; print(model.config.stat_pruning['format'])")
+    assert load.stdout == "1\n", load.stderr
+    full = shell(BIN / "optimum-cli", *command)
+    assert full.returncode == 1
+    assert full.stderr.startswith("error: ")
+    assert full.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("name", ["data.txt", "data.jsonl", "array.json", "data.csv", "data.parquet", "folder"])
+def test_every_kind_of_file_is_the_same_data(
+    name: str, folders: dict[str, str], data: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["--keep", "0.7", "--json", "--quiet", "--max-examples", "20", "--metric", "stream"]
+    main(["prune", str(tmp_path / "out"), "-m", folders["encoder"], "-d", data[name], *arguments])
+    out, err = capsys.readouterr()
+    report = json.loads(out)["report"]
+    assert err == ""
+    assert report["num_examples"] == 20
+    assert report["data"].startswith(f"{name}, split train" if name != "folder" else name)
+    tokens = sum(2 + len(" ".join(WORDS[i % 7 : 9 + i % 11]).split()) for i in range(20))
+    assert report["num_tokens"] == tokens
+
+
+def test_options_reach_the_configuration(folders: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    options = ["--paper", "--keep", "0.75", "--budget", "params", "--num-tokens", "700", "--seq-len", "32", "--batch-size", "3"]
+    main(["prune", str(tmp_path / "out"), "-m", folders["encoder"], "--dtype", "float64", *options])
+    out, err = capsys.readouterr()
+    recipe = json.loads((tmp_path / "out" / "stat_recipe.json").read_text())
+    paper = METHODS[0].config_class.paper().to_dict()
+    changed = {"keep": 0.75, "budget": "params", "num_tokens": 700, "seq_len": 32, "batch_size": 3}
+    assert recipe["config"] == {**paper, **changed}
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["dtype"] == "float64"
+    assert "note: no --dataset" in err
+    assert "from transformers import BertModel" in out
+    assert "1.neurons" in out
+    assert recipe["base_model"] == folders["encoder"]
+
+
+def test_the_bundled_text_is_split_between_pruning_and_evaluation() -> None:
+    from optimum_stat import command_data
+
+    calibration, held_out = (
+        command_data.load(None, None, None, streaming=False, for_evaluation=flag)["text"] for flag in (False, True)
+    )
+    whole = (Path(command_data.__file__).parent / "shakespeare.txt").read_text()
+    assert "\n".join([*calibration, *held_out]).strip() == whole.strip()
+    assert 0.05 < len(held_out) / len(calibration) < 0.2
+
+
+def test_evaluate_puts_the_dense_model_beside_and_saves(
+    folders: dict[str, str], data: dict[str, str], pruned: dict[str, str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["evaluate", pruned["classifier"], "-d", data["data.csv"], "--json", "--quiet", "--save"]
+    for _ in range(2):  # the second time replaces the first
+        main(command)
+    capsys.readouterr()
+    main(command)
+    found = json.loads(capsys.readouterr().out)
+    main(["evaluate", folders["classifier"], "-d", data["data.csv"], "--json", "--quiet"])
+    alone = json.loads(capsys.readouterr().out)
+    assert alone["dense"] is None
+    assert found["dense"]["name"] == folders["classifier"]
+    assert [m["dense"] for m in found["metrics"]] == [m["value"] for m in alone["metrics"]]
+    assert [m["name"] for m in found["metrics"]] == ["accuracy", "f1"]
+    assert found["dense"]["parameters"] == alone["pruned"]["parameters"] > found["pruned"]["parameters"]
+    weights = Path(pruned["classifier"]) / "model.safetensors"
+    assert found["pruned"]["size_on_disk"] == weights.stat().st_size < found["dense"]["size_on_disk"]
+    recipe = json.loads((Path(pruned["classifier"]) / "stat_recipe.json").read_text())
+    assert recipe["metrics"] == found["metrics"]
+    accuracy = found["metrics"][0]
+    row = f"| accuracy | data.csv, split train | {accuracy['dense']} | {accuracy['value']} |"
+    assert row in (Path(pruned["classifier"]) / "README.md").read_text()
+
+
+def test_evaluate_prints_a_table(
+    data: dict[str, str], pruned: dict[str, str], folders: dict[str, str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    main(
+        [
+            "evaluate",
+            pruned["llama"],
+            "-d",
+            data["data.txt"],
+            "--dense",
+            folders["llama"],
+            "--seq-len",
+            "16",
+            "--max-examples",
+            "4",
+        ]
+    )
+    rows = {line[:22].strip(): line[22:].split() for line in capsys.readouterr().out.splitlines() if not line.startswith(" ")}
+    assert len(rows["perplexity"]) == 3
+    assert float(rows["parameters"][2]) < 1
+    assert "ms for 16 tokens" in rows
+
+
+def test_an_encoder_is_compared_with_its_dense_model(
+    data: dict[str, str], pruned: dict[str, str], folders: dict[str, str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    main(["evaluate", pruned["encoder"], "-d", data["data.txt"], "--json", "--quiet"])
+    (metric,) = json.loads(capsys.readouterr().out)["metrics"]
+    assert metric["name"] == "cosine_with_dense"
+    assert 0 < metric["value"] < 1
+    main(["evaluate", folders["encoder"], "-d", data["data.txt"], "--dense", folders["encoder"], "--json", "--quiet"])
+    assert json.loads(capsys.readouterr().out)["metrics"][0]["value"] == pytest.approx(1, abs=1e-6)
+    line = fails(capsys, 1, "evaluate", pruned["encoder"], "-d", data["data.txt"], "--no-dense", "--quiet")
+    assert "Name it with --dense" in line
+
+
+def test_a_dense_model_that_is_gone_is_left_out_with_a_warning(
+    folders: dict[str, str], data: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    moved = tmp_path / "moved"
+    os.symlink(folders["llama"], moved)
+    main(["prune", str(tmp_path / "out"), "-m", str(moved), "-d", data["data.txt"], "--quiet", "--metric", "stream"])
+    moved.unlink()
+    main(["evaluate", str(tmp_path / "out"), "-d", data["data.txt"], "--json"])
+    out, err = capsys.readouterr()
+    assert json.loads(out[out.index("{") :])["dense"] is None
+    assert f"warning: the dense model {moved} cannot be loaded" in err
+    assert str(moved) in fails(capsys, 1, "evaluate", folders["llama"], "-d", data["data.txt"], "--dense", str(moved))
+
+
+def test_inspect(pruned: dict[str, str], folders: dict[str, str], capsys: pytest.CaptureFixture[str]) -> None:
+    (Path(pruned["llama"]) / "model.safetensors").rename(Path(pruned["llama"]) / "away")  # weights are not read
+    try:
+        main(["inspect", pruned["llama"], "--json"])
+        found = json.loads(capsys.readouterr().out)
+        main(["inspect", pruned["llama"]])
+        table = capsys.readouterr().out.splitlines()
+    finally:
+        (Path(pruned["llama"]) / "away").rename(Path(pruned["llama"]) / "model.safetensors")
+    record = json.loads((Path(pruned["llama"]) / "config.json").read_text())["stat_pruning"]
+    assert found["pruned"] == record
+    assert found["dense"] == {"format": 1, "heads": [4, 4], "key_value_heads": [2, 2], "neurons": [48, 48]}
+    dense = LlamaForCausalLM.from_pretrained(folders["llama"])
+    assert found["block_params"]["dense"] == sum(p.numel() for p in dense.model.layers.parameters())
+    small = LlamaForCausalLM.from_pretrained(pruned["llama"])
+    assert found["block_params"]["pruned"] == sum(p.numel() for p in small.model.layers.parameters())
+    assert (
+        table[2].split()
+        == f"1 {record['heads'][1]} of 4 {record['key_value_heads'][1]} of 2 {record['neurons'][1]} of 48".split()
+    )
+
+
+def test_inspect_refuses_a_dense_model(folders: dict[str, str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert "no stat_pruning" in fails(capsys, 1, "inspect", folders["llama"])
+
+
+def test_autoload_status(capsys: pytest.CaptureFixture[str]) -> None:
+    main(["autoload", "status"])
+    assert capsys.readouterr().out.startswith(("on", "off"))
+    assert "invalid choice: 'maybe'" in fails(capsys, 2, "autoload", "maybe")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "says"),
+    [
+        (["--keep", "0"], 2, "error: keep=0.0 asked"),
+        (["--keep", "half"], 2, "argument --keep: invalid float value: 'half'"),
+        (["--metric", "magic"], 2, "error: metric='magic' asked"),
+        (["--method", "magic"], 2, "argument --method: invalid choice: 'magic'"),
+        (["--private"], 2, "error: --private asked without --push-to-hub."),
+        (["-d", "nothing.jsonl"], 1, "error: --dataset nothing.jsonl asked, but there is no such file"),
+        (["-d", "./nothing"], 1, "error: --dataset ./nothing asked, but there is no such file"),
+        (["-d", __file__], 1, "of unknown kind '.py'; known are .txt, .jsonl"),
+        (
+            ["-d", "data.csv", "--text-columns", "words"],
+            1,
+            "there is no column 'words'. Columns: sentence (large_string), label (int64).",
+        ),
+        (["-d", "data.csv", "--split", "test"], 1, "test"),
+        (["-m", "./no/such/model"], 1, "error: model ./no/such/model asked, but there is no such folder."),
+        (["--device", "abacus"], 1, "error: --device abacus asked"),
+        (["--task", "magic"], 1, "error: task='magic' asked"),
+        (["--keep", "0.001"], 1, "error: keep=0.001"),
+    ],
+)
+def test_mistakes_end_in_one_line(
+    arguments: list[str],
+    code: int,
+    says: str,
+    folders: dict[str, str],
+    data: dict[str, str],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    given = [data.get(argument, argument) for argument in arguments]
+    line = fails(capsys, code, "prune", str(tmp_path / "out"), "-m", folders["encoder"], "--max-examples", "9", *given)
+    assert says in line
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_unknown_families_are_refused(folders: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    line = fails(capsys, 1, "prune", str(tmp_path / "out"), "-m", folders["t5"])
+    assert "error: optimum-stat cannot prune 't5' models" in line
+
+
+def test_a_full_folder_is_refused_before_anything_is_loaded(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "mine").touch()
+    line = fails(capsys, 1, "prune", str(tmp_path / "out"), "-m", "./there/is/no/model")
+    assert f"{tmp_path / 'out'} exists and is not an empty folder" in line
+    assert "cannot be made" in fails(capsys, 1, "prune", str(tmp_path / "out" / "mine" / "deep"), "-m", "./no/model")
+
+
+def test_files_without_sense_are_refused(folders: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name, text in (("empty.txt", ""), ("blank.txt", "\n\n"), ("broken.json", '{"text": "a'), ("empty.jsonl", "")):
+        (tmp_path / name).write_text(text)
+        line = fails(capsys, 1, "prune", str(tmp_path / "out"), "-m", folders["encoder"], "-d", str(tmp_path / name))
+        assert line.startswith("error: "), name
+        assert name in line or "dataset" in line.lower(), line
+
+
+def test_pushing_without_a_token_fails_before_the_work(
+    folders: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("HF_TOKEN", raising=False)
+    monkeypatch.setattr("huggingface_hub.constants.HF_TOKEN_PATH", str(tmp_path / "none"))
+    line = fails(capsys, 1, "prune", str(tmp_path / "out"), "-m", folders["encoder"], "--push-to-hub", "me/it")
+    assert "needs a token" in line
+    assert not (tmp_path / "out").exists()
+
+
+def test_evaluate_refuses_what_it_cannot_do(
+    folders: dict[str, str], data: dict[str, str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ("evaluate", folders["classifier"])
+    assert "No label column" in fails(capsys, 1, *command, "-d", data["data.txt"])
+    assert "No label column" in fails(capsys, 1, *command)
+    assert "mood" in fails(capsys, 1, *command, "-d", data["data.csv"], "--label-column", "mood")
+    assert "stat_recipe.json" in fails(capsys, 2, *command, "-d", data["data.csv"], "--save")
+    assert "batch_size=0" in fails(capsys, 2, *command, "-d", data["data.csv"], "--batch-size", "0")
+
+
+def test_debug_shows_the_traceback(folders: dict[str, str], tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="cannot prune 't5'"):
+        main(["prune", str(tmp_path / "out"), "-m", folders["t5"], "--debug"])
+
+
+@pytest.mark.timeout(90)
+def test_ctrl_c_leaves_nothing(data: dict[str, str], tmp_path: Path) -> None:
+    slow = GPT2Config(vocab_size=30, n_embd=128, n_layer=16, n_head=4, n_positions=64, bos_token_id=2, eos_token_id=3)
+    model = save(GPT2LMHeadModel(slow), tmp_path / "model")
+    home = tmp_path / "home"
+    home.mkdir()
+    command = [BIN / "optimum-stat", "prune", str(home / "out"), "-m", model, "--metric", "stream", "--num-tokens", "30000"]
+    environ = {name: value for name, value in os.environ.items() if name != "HF_HUB_DISABLE_PROGRESS_BARS"}
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, env=environ)
+    try:
+        assert process.stderr is not None
+        seen = b""
+        while b"Measuring" not in seen:
+            piece = os.read(process.stderr.fileno(), 4096)
+            assert piece, seen.decode()
+            seen += piece
+        process.send_signal(signal.SIGINT)
+        out, err = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert process.returncode == 130, err.decode()
+    assert out == b""
+    assert err.decode().endswith("interrupted\n")
+    assert list(home.iterdir()) == []

