@@ -66,6 +66,7 @@ def render(recipe: dict[str, Any], repo_id: str, paper: Paper) -> str:
         paper=paper,
         auto_class=_auto_class(recipe["architecture"]),
         layers=_layers(report["groups"]),
+        grouped=recipe["record"]["heads"] != recipe["record"]["key_value_heads"],
         config_json=json.dumps(recipe["config"]),
         asks={name: value for name, value in recipe["config"].items() if value is not None},
     )

@@ -53,7 +53,7 @@ def load(
         if kwargs or task:
             names = ", ".join([*kwargs, *(["task"] if task else [])])
             raise TypeError(f"{names} asked for a model that is loaded already; load it with them, or pass its path.")
-        return model_or_path, tokenizer, getattr(model_or_path, "name_or_path", None) or None
+        return model_or_path, tokenizer, _source(getattr(model_or_path, "name_or_path", ""))
     path = str(model_or_path)
     if path.endswith(".gguf"):  # as recipes and cards name it, see the return value
         path, _, kwargs["gguf_file"] = path.rpartition("/")
@@ -63,12 +63,18 @@ def load(
         _forget_gguf(model)
     if tokenizer is None:
         tokenizer = _tokenizer(path, shared)
-    return model, tokenizer, "/".join(filter(None, (path, kwargs.get("gguf_file"))))
+    return model, tokenizer, _source("/".join(filter(None, (path, kwargs.get("gguf_file")))))
+
+
+def _source(path: str) -> str | None:
+    """Where a model came from; a folder is written so that nobody takes it for a Hub id."""
+    is_plain_folder = bool(path) and not path.startswith((".", "/", "~")) and Path(path).exists()
+    return f"./{path}" if is_plain_folder else path or None
 
 
 def refuse_quantized(model: nn.Module) -> None:
     """Raise if the weights are really quantized: they cannot be corrected."""
-    if getattr(model, "is_quantized", False) or getattr(model.config, "quantization_config", None) is not None:
+    if getattr(model, "is_quantized", False) or getattr(getattr(model, "config", None), "quantization_config", None):
         method = getattr(model, "quantization_method", None) or "an unknown method"
         raise ValueError(
             f"The weights of this model are quantized ({getattr(method, 'value', method)}); pruning has to correct them. "

@@ -40,6 +40,11 @@ class Side:
         return self.size_on_disk and self.size_on_disk / 1e6
 
     @property
+    def millions_of_macs(self) -> float | None:
+        """Multiply-adds of the blocks, for people."""
+        return self.measured.macs and self.measured.macs / 1e6
+
+    @property
     def milliseconds(self) -> float:
         """The forward pass's time for people."""
         return self.measured.seconds * 1e3
@@ -82,6 +87,8 @@ class Comparison:
         rows = [("", "dense" if dense else "", "model", "ratio" if dense else "")]
         rows += [_row(m["name"], m["dense"], m["value"], "{:.4f}") for m in self.metrics]
         rows.append(_row("parameters", dense.measured.parameters if dense else None, pruned.measured.parameters, "{:,}"))
+        macs = f"M MACs, {tokens} tokens"
+        rows.append(_row(macs, dense.millions_of_macs if dense else None, pruned.millions_of_macs, "{:,.0f}"))
         rows.append(_row("MB on disk", dense.megabytes if dense else None, pruned.megabytes, "{:,.1f}"))
         rows.append(_row(f"ms for {tokens} tokens", dense.milliseconds if dense else None, pruned.milliseconds, "{:,.1f}"))
         lines = [f"{name:<22}{dense:>16}{value:>16}{ratio:>8}".rstrip() for name, dense, value, ratio in rows]

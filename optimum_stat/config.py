@@ -31,7 +31,7 @@ class PruningConfig:
     max_examples: int | None = None
     """Stop reading data after this many examples (encoders) or windows (causal language models)."""
     batch_size: int = 8
-    """Examples in one forward pass. Memory for activations grows with it; the result does not depend on it."""
+    """Examples in one forward pass. Memory for activations grows with it; the result hardly depends on it."""
     seed: int = 0
     """Of everything a method draws at random."""
 

@@ -18,9 +18,11 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils.logging import tqdm
 
+from .budget import model_cost
 from .card import TASK_OF_HEAD
 from .config import PruningConfig
 from .data import SEQ_LEN, Batches, make_batches
+from .families import FAMILIES
 from .probes import device_of, quiet
 from .rows import Rows
 from .squad import answers, exact_match_and_f1
@@ -48,6 +50,8 @@ class Measured:
     metrics: dict[str, float]
     """Under the names that the Hub uses: perplexity, accuracy, f1, pearsonr, spearmanr, exact_match, ..."""
     parameters: int
+    macs: int | None
+    """Multiply-adds of the blocks for one example of `num_tokens` tokens; None for families that cannot be pruned."""
     seconds: float
     """Median wall time of a forward pass over one example of `num_tokens` tokens."""
     num_tokens: int
@@ -70,7 +74,9 @@ def measure(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, d
         metrics, embeddings, example = _MEASURES[task](model, tokenizer, data)
         seconds = latency(model, example)
     parameters = sum(parameter.numel() for parameter in model.parameters())
-    return Measured(task, metrics, parameters, seconds, example["input_ids"].shape[1], embeddings)
+    length = example["input_ids"].shape[1]
+    macs = model_cost(model, "macs", length) if model.config.model_type in FAMILIES else None
+    return Measured(task, metrics, parameters, macs, seconds, length, embeddings)
 
 
 def task_of(model: Any) -> str:

@@ -45,7 +45,7 @@ def damped(gram: Tensor, ridge: float) -> Tensor:
     Proportional to the diagonal, not to its mean: one massive column would otherwise drown all others.
     """
     diagonal = gram.diagonal()
-    floor = diagonal.max().clamp_min(torch.finfo(gram.dtype).tiny) * 1e-12
+    floor = (diagonal.max() * 1e-12).clamp_min(1e-30)  # 1e-30: all columns may be dead, and the inverse must stay finite
     return gram + torch.diag(ridge * diagonal + floor)
 
 
@@ -61,6 +61,23 @@ def least_squares_map(gram: Tensor, keep: Tensor, ridge: float = 0.0) -> Tensor:
     result[torch.arange(len(keep), device=gram.device), keep] = 1
     result[:, gone] = solve_psd(damped(gram[keep][:, keep], ridge), gram[keep][:, gone])
     return result
+
+
+def cholesky(matrix: Tensor) -> Tensor:
+    """Lower Cholesky factor of a positive semi-definite matrix.
+
+    One that rounding has made indefinite (fewer tokens than columns, products in single precision) is replaced by the nearest
+    one whose eigenvalues are at least as large as the rounding errors show to be: the size of its most negative one.
+    """
+    factor, info = torch.linalg.cholesky_ex(matrix)
+    if int(info) == 0:
+        return factor
+    if not torch.isfinite(matrix).all():
+        raise ValueError(f"A Gram matrix must be finite; this one, {list(matrix.shape)}, is not.")
+    values, vectors = torch.linalg.eigh(matrix)
+    values = values.clamp_min(max(-float(values[0]), float(values[-1]) * 1e-12))
+    upper = torch.linalg.qr(values.sqrt()[:, None] * vectors.T).R
+    return (upper * torch.where(upper.diagonal() < 0, -1, 1)[:, None]).T
 
 
 def solve_psd(matrix: Tensor, right: Tensor) -> Tensor:
@@ -80,9 +97,9 @@ def pivoted_cholesky(gram: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     Columns beyond the numerical rank come last, with zeros.
     Source: LAPACK dpstrf, which chooses pivots as QR does because `gram = R^T R` (STAT selects neurons this way).
     """
-    factor, order, rank, info = dpstrf(gram.double().cpu().numpy(), lower=1)
-    if info < 0:
-        raise ValueError(f"The Gram matrix is not finite or not square: LAPACK dpstrf refused argument {-info}.")
+    if gram.shape != gram.T.shape or not torch.isfinite(gram).all():
+        raise ValueError(f"A Gram matrix must be square and finite; this one is {list(gram.shape)}.")
+    factor, order, rank, _ = dpstrf(gram.double().cpu().numpy(), lower=1)
     lower = torch.from_numpy(factor).tril()
     lower[:, rank:] = 0
     energy = torch.cat([lower.square().sum(0), lower.new_zeros(1)])
@@ -96,7 +113,7 @@ def error_curve(gram: Tensor, weight: Tensor, order: Tensor) -> Tensor:
     `error[k] = min_V ||z W^T - z[:, order[:k]] V^T||^2`. With `gram[order][:, order] = L L^T` and `Q = L^T W^T[order]`
     it is `sum_{i >= k} ||Q_i||^2`: one factorisation for the whole curve.
     """
-    factor = torch.linalg.cholesky(damped(gram, 0.0)[order][:, order])
+    factor = cholesky(damped(gram, 0.0)[order][:, order])
     lost = (factor.T @ weight.T[order]).square().sum(1)
     return torch.cat([lost.flip(0).cumsum(0).flip(0), lost.new_zeros(1)])
 
@@ -110,10 +127,10 @@ def backward_elimination(gram: Tensor, weight: Tensor, block: int = 1, ridge: fl
     `tr(W_B^T (H_BB)^-1 W_B)`. A metric on the output enters through `weight`: pass `M^(1/2) W`.
 
     Greedy over all units while there are at most 96 of them, else over the 96 that are cheapest at the start of every
-    48 removals; the costs are exact in either case.
+    48 removals; the costs are exact in either case, to the precision of `gram`.
     Source: optimal brain surgeon for structures (ZipLM, 2302.04089, section 3), in the order-recursive form.
     """
-    inverse = torch.cholesky_inverse(torch.linalg.cholesky(damped(gram, ridge)))
+    inverse = torch.cholesky_inverse(cholesky(damped(gram, ridge)))
     rows = weight.T.to(gram.dtype).clone()
     left, removed, cost = torch.arange(len(rows) // block, device=rows.device), [], []
     open_ = torch.ones_like(left, dtype=torch.bool)
@@ -177,7 +194,7 @@ def _eliminate(inverse: Matrix, energy: Matrix, block: int) -> tuple[list[int], 
         unit = int(costs.argmin())
         own = slice(unit * block, (unit + 1) * block)
         gone.append(unit)
-        spent.append(float(costs[unit]))
+        spent.append(max(0.0, float(costs[unit])))  # rounding may take copies below zero
         spread = np.linalg.solve(inverse[own, own], inverse[own]).T if block > 1 else inverse[:, own] / inverse[own, own]
         half = spread @ (energy[own] - energy[own, own] @ spread.T / 2)
         energy -= half

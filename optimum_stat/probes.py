@@ -51,7 +51,7 @@ def on_output_gradient(groups: Iterable[Group], visit: Callable[[Group, Tensor],
 
 @contextmanager
 def quiet(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode, no parameter gradients, no key/value cache, named outputs, full float32 products; all is put back afterwards."""
+    """Evaluation mode, no parameter gradients, no cache, named outputs, full float32 products; all is put back afterwards."""
     modes = [(module, module.training) for module in model.modules()]
     # by name: the work inside may replace parameters, and the new ones are to be what the old ones were
     wanted = [(m, name, p.requires_grad) for m in model.modules() for name, p in m.named_parameters(recurse=False)]
@@ -108,7 +108,8 @@ def _some_examples(batches: Batches) -> list[dict[str, Tensor]]:
         count, length = batch["input_ids"].shape
         for rows in torch.split(torch.arange(count), max(1, 1024 // length)):
             parts.append({name: value[rows] for name, value in batch.items()})
-    return parts[:: max(1, batches.num_tokens // FISHER_TOKENS)]
+    stride = max(1, batches.num_tokens // FISHER_TOKENS)
+    return parts[min(stride, len(parts)) // 2 :: stride]
 
 
 def _drawn_gradients(output: Any, mask: Tensor, generators: list[torch.Generator]) -> tuple[list[Tensor], list[Tensor]]:

@@ -131,9 +131,10 @@ def _loss(problem: Problem, kept: dict[str, int]) -> float:
     return sum(float(problem[0][name][k]) for name, k in kept.items())
 
 
-def _limit(problem: Problem, share: float) -> float:
+def _limit(problem: Problem, share: float) -> int:
+    """A whole number, so that a step may fit to the last unit."""
     smallest = _cost(problem, {name: sizes[0] for name, sizes in problem[2].items()})
-    return smallest + share * (_cost(problem, {name: sizes[-1] for name, sizes in problem[2].items()}) - smallest)
+    return smallest + int(share * (_cost(problem, {name: sizes[-1] for name, sizes in problem[2].items()}) - smallest))
 
 
 def _optimum(problem: Problem, limit: float) -> float:
@@ -183,6 +184,13 @@ def test_allocate_takes_a_cliff_as_a_whole() -> None:
 def test_allocate_counts_error_saved_per_cost() -> None:
     error = {"a": torch.tensor([30.0, 20.0, 0.0]), "b": torch.tensor([13.0, 12.0, 0.0])}
     assert allocate(error, {"a": 10, "b": 5}, {"a": [1, 2], "b": [1, 2]}, 25) == {"a": 1, "b": 2}
+
+
+def test_allocate_fills_with_what_saves_most_per_cost() -> None:
+    # c's step saves most and never fits, which ends the Lagrangian part; of the 4 left, b's step is worth 4 each, a's 2.75.
+    error = {"a": torch.tensor([20.0, 11.0, 0.0]), "b": torch.tensor([9.0, 4.0, 0.0]), "c": torch.tensor([9e3, 1e3, 0.0])}
+    sizes = {name: [1, 2] for name in error}
+    assert allocate(error, {"a": 4, "b": 1, "c": 100}, sizes, 109) == {"a": 1, "b": 2, "c": 1}
 
 
 @pytest.mark.parametrize("flat", [False, True])

@@ -91,10 +91,12 @@ def test_copies_are_removed_without_a_trace(family: str, published: bool) -> Non
     _with_copies(model)
     items = _items(model)
     expected = [outputs(model, item) for item in items]
-    config = STATConfig.paper(keep=0.6, budget="macs") if published else STATConfig(keep=0.6, round_to=1, ridge=1e-9)
+    # the published rule trades heads against neurons by their errors, not by what is left: it needs room to see no error
+    keep = 0.85 if published else 0.6
+    config = STATConfig.paper(keep, "macs") if published else STATConfig(keep=keep, round_to=1, ridge=1e-9)
     pruner = STATPruner.from_pretrained(model, config)
     small = pruner.prune(items)
-    assert pruner.report.reached <= 0.6
+    assert pruner.report.reached <= keep
     for item, before in zip(items, expected, strict=True):
         torch.testing.assert_close(outputs(small, item), before, rtol=1e-3, atol=1e-4 * max(1, float(before.abs().max())))
 
@@ -242,44 +244,37 @@ def test_the_published_sizes_stay_within_the_budget(family: str, keep: float, bu
     assert keep - 0.1 < reached <= keep
 
 
-too_dear = pytest.mark.xfail(strict=True, reason="every head is charged the dearest block's price")
-
-
-@pytest.mark.parametrize("family", ["bert", pytest.param("qwen2", marks=too_dear)])
+@pytest.mark.parametrize("family", ["bert", "qwen2"])  # qwen2: heads of its two blocks cost differently
 def test_the_published_algorithm_can_keep_everything(family: str) -> None:
     dense, small, items = _prune(family, STATConfig.paper(keep=1.0, budget="macs"))
     assert torch.equal(outputs(small, items[0]), outputs(dense, items[0]))
 
 
-def _published_sizes(error: dict[str, list[list[float]]], tails: list[list[float]], limit: float, letter: bool) -> list[int]:
+def _published_sizes(error: dict[str, list[list[float]]], tails: list[list[float]], limit: float) -> list[int]:
     """The published division of the budget: (heads, neurons) of block 0, then of block 1, ...
 
-    Not to the `letter`: neurons are counted over all blocks, not per block rounded down; the heads' level is the first error
-    left out, not the last one kept; every number of heads is tried, unless all neurons stay and more heads could as well.
+    To the letter but for one thing: a number of heads is passed over if all neurons stay and more heads could as well.
     """
     blocks, most_heads, most_neurons = len(tails), len(error["heads"][0]), len(error["neurons"][0])
     ordered = {name: [*sorted((e for curve in curves for e in curve), reverse=True), -1.0] for name, curves in error.items()}
     share = limit / (blocks * (most_heads * HEAD_COST + most_neurons * NEURON_COST))
     best, sizes = math.inf, []
-    for h in range(max(1, math.floor(most_heads * share)) if letter else 1, most_heads + 1):
+    for h in range(max(1, math.floor(most_heads * share)), most_heads + 1):
         affordable = math.floor((limit - h * blocks * HEAD_COST) / NEURON_COST + 1e-9)
-        left = min(affordable // blocks * blocks if letter else affordable, blocks * most_neurons)
+        left = min(affordable // blocks * blocks, blocks * most_neurons)
         unspent = (affordable - left) * NEURON_COST >= blocks * HEAD_COST and h < most_heads
-        if left < blocks or (unspent and not letter):
+        if left < blocks or unspent:
             continue
         k = [sum(e > ordered["neurons"][left] for e in curve) for curve in error["neurons"]]
         heads = [sum(e > ordered["heads"][h * blocks] for e in curve) for curve in error["heads"]]
-        level = ordered["heads"][h * blocks - letter] if h < most_heads else 0.0
+        level = ordered["heads"][h * blocks - 1] if h < most_heads else 0.0
         mismatch = abs(level - 2 * sum(tail[n] for tail, n in zip(tails, k, strict=True)) / blocks)
         if mismatch < best:
             best, sizes = mismatch, [n for pair in zip(heads, k, strict=True) for n in pair]
     return sizes
 
 
-@pytest.mark.parametrize(
-    "letter", [False, pytest.param(True, marks=pytest.mark.xfail(strict=True, reason="four departures from the source"))]
-)
-def test_the_published_division_of_the_budget(letter: bool) -> None:
+def test_the_published_division_of_the_budget() -> None:
     for seed in range(100):
         random = np.random.default_rng(seed)
         blocks, h, m = random.integers(2, 5), random.integers(2, 7), random.integers(6, 21)
@@ -295,5 +290,5 @@ def test_the_published_division_of_the_budget(letter: bool) -> None:
         limit = random.uniform(0.45, 0.95) * sum(costs[group.name] * group.units for group in groups)
         ranking = PublishedRanking({}, curves, {f"{i}.neurons": torch.tensor(tail) for i, tail in enumerate(tails)})
         kept = allocate(groups, ranking, costs, limit)
-        assert [kept[group.name] for group in groups] == _published_sizes(error, tails, limit, letter), seed
+        assert [kept[group.name] for group in groups] == _published_sizes(error, tails, limit), seed
         assert sum(costs[name] * k for name, k in kept.items()) <= limit

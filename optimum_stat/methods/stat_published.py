@@ -1,7 +1,8 @@
 """STAT as published: how it orders units and how it divides the budget. Used by `STATConfig.paper()` alone.
 
-Source: 2406.00061 and its authors' code of December 2023 (BERT). Two things differ from that code, both defects: residuals
-of heads meet the rows of the output weight that belong to them, and a block always keeps one head and one neuron.
+Source: 2406.00061 and its authors' code of December 2023 (BERT). What differs from that code are defects: residuals of heads
+meet the rows of the output weight that belong to them, a block always keeps one head and one neuron, the share of heads in
+the cost is the model's own, and no budget is left unspent that another head in every block could use.
 """
 
 from __future__ import annotations
@@ -61,26 +62,30 @@ def choose_heads(gram: Tensor, group: Group, count: int) -> Tensor:
 def allocate(groups: list[Group], ranking: PublishedRanking, costs: Mapping[str, int], limit: float) -> dict[str, int]:
     """One global threshold on the errors of neurons, one on those of heads; the first unit of a block always stays.
 
-    The number of heads h (mean per block) is the one where the heads' threshold is closest to twice the mean residual
-    of the neurons; neurons get what the heads leave of the budget.
+    The number of heads (mean per block, at least their share of the budget) is the one where the smallest error of a head
+    kept is closest to twice the mean residual of the neurons; neurons get what the heads leave, the same number on average
+    in every block. A number of heads is passed over when all neurons stay and another head in every block could as well:
+    the source would leave that part of the budget unspent.
     """
     heads = {group.name: group.units for group in groups if group.structure == "heads"}
     neurons = {group.name: group.units for group in groups if group.structure == "neurons"}
     if sum(group.units * costs[group.name] for group in groups) <= limit:
         return {**heads, **neurons}
     head_cost, neuron_cost = (max(costs[name] for name in names) for names in (heads, neurons))
+    blocks, all_neurons = len(heads), sum(neurons.values())
+    most_heads = sum(heads.values()) // blocks
+    share = limit / sum(group.units * costs[group.name] for group in groups)
     best: tuple[float, dict[str, int]] | None = None
-    for total in range(len(heads), sum(heads.values()) + 1, len(heads)):
-        affordable = (limit - total * head_cost) // neuron_cost
-        left = min(int(affordable), sum(neurons.values()))
-        if left < len(neurons):
+    for mean in range(max(1, math.floor(most_heads * share)), most_heads + 1):
+        affordable = int((limit - mean * blocks * head_cost) // neuron_cost)
+        if affordable < blocks:
             break
-        if (affordable - left) * neuron_cost >= len(heads) * head_cost and total < sum(heads.values()):
-            continue  # all neurons stay and another head in every block could: do not leave the budget unspent
-        some, threshold = _above_threshold(ranking, heads, total)
-        many, _ = _above_threshold(ranking, neurons, left)
-        residual = sum(float(ranking.residual[name][k]) for name, k in many.items()) / len(many)
-        mismatch = abs(threshold - 2 * residual)
+        if (affordable - all_neurons) * neuron_cost >= blocks * head_cost and mean < most_heads:
+            continue
+        some, threshold = _above_threshold(ranking, heads, mean * blocks)
+        many, _ = _above_threshold(ranking, neurons, min(affordable // blocks * blocks, all_neurons))
+        residual = sum(float(ranking.residual[name][k]) for name, k in many.items()) / blocks
+        mismatch = abs((threshold if mean < most_heads else 0.0) - 2 * residual)
         if best is None or mismatch < best[0]:
             best = mismatch, {**some, **many}
     if best is None:
@@ -89,10 +94,8 @@ def allocate(groups: list[Group], ranking: PublishedRanking, costs: Mapping[str,
 
 
 def _above_threshold(ranking: Ranking, units: Mapping[str, int], total: int) -> tuple[dict[str, int], float]:
-    """Sizes that add up to `total`: the units with the largest errors over all blocks, and the first error left out."""
-    entries = sorted(
-        ((math.inf if k == 0 else float(ranking.error[name][k]), name) for name, n in units.items() for k in range(n)),
-        reverse=True,
-    )
-    chosen = [name for _, name in entries[:total]]
-    return {name: chosen.count(name) for name in units}, entries[total][0] if total < len(entries) else 0.0
+    """Sizes that add up to `total`: the units with the largest errors over all blocks, and the smallest error among them."""
+    # the first unit of every block comes before all others
+    entries = sorted((k > 0, -float(ranking.error[name][k]), name) for name, n in units.items() for k in range(n))[:total]
+    chosen = [name for _, _, name in entries]
+    return {name: chosen.count(name) for name in units}, min(-error for _, error, _ in entries)

@@ -1,0 +1,178 @@
+"""The model card: everything a reader needs, rendered from the recipe and nothing else."""
+
+from __future__ import annotations
+
+import copy
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from huggingface_hub import ModelCard
+from tiny import batches, tiny
+
+from optimum_stat import STATConfig, STATPruner
+from optimum_stat.card import Paper, render
+from optimum_stat.methods import METHODS
+
+CARDS = Path(__file__).parent.parent / "model_cards"
+PAPERS = {pruner.method: pruner.paper for pruner in METHODS}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A saved model that claims to come from the Hub and was measured twice."""
+    root = tmp_path_factory.mktemp("card")
+    pruner = STATPruner.from_pretrained(tiny("llama", "SequenceClassification"), STATConfig(keep=0.6, budget="macs"))
+    pruner.source = "user/dense-llama"
+    pruner.prune(batches())
+    pruner.metrics = [
+        {"name": "accuracy", "dataset": "SST-2 validation", "value": 0.9125, "dense": 0.9243},
+        {"name": "f1", "dataset": "MRPC", "value": 0.875, "dense": None},
+    ]
+    pruner.save_pretrained(root / "llama-small")
+    return root / "llama-small"
+
+
+def recipe_of(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / "stat_recipe.json").read_text())
+
+
+def test_the_metadata_is_what_the_hub_reads(folder: Path):
+    card = ModelCard.load(folder / "README.md")
+    data = card.data.to_dict()
+    assert data["base_model"] == "user/dense-llama"
+    assert data["library_name"] == "transformers"
+    assert data["pipeline_tag"] == "text-classification"
+    assert {"optimum", "optimum-stat", "pruned", "structured-pruning", "stat"} == set(data["tags"])
+    results = {(r.dataset_name, r.metric_type): r.metric_value for r in card.data.eval_results}
+    assert results == {("SST-2 validation", "accuracy"): 0.9125, ("MRPC", "f1"): 0.875}
+    assert data["model-index"][0]["name"] == "llama-small"
+
+
+def test_the_text_says_what_was_asked_and_reached_and_how(folder: Path):
+    recipe = recipe_of(folder)
+    report, card = recipe["report"], (folder / "README.md").read_text()
+    for part in (
+        "# llama-small\n",
+        "[user/dense-llama](https://huggingface.co/user/dense-llama), pruned",
+        f"Asked: 60.0% of the blocks' macs. Reached: {report['reached']:.2%}.",
+        f"| parameters | {report['dense']['params']:,} | {report['pruned']['params']:,} |",
+        "| accuracy | SST-2 validation | 0.9243 | 0.9125 |",
+        "| f1 | MRPC |  | 0.875 |",
+        'AutoModelForSequenceClassification.from_pretrained("llama-small")',
+        'AutoModelForSequenceClassification.from_pretrained("llama-small", trust_remote_code=True)',
+        "[STAT: Shrinking Transformers After Training](https://arxiv.org/abs/2406.00061)",
+        f"{report['data']}; 6 examples, 48 tokens, SHA-256 of the tokens `{report['fingerprint'][:16]}`",
+        "optimum-cli stat prune --method stat --model user/dense-llama --dataset DATASET --keep 0.6 --budget macs",
+        "eprint = {2406.00061}",
+        f"transformers {recipe['versions']['transformers']}",
+    ):
+        assert part in card, part
+    assert "{{" not in card
+    assert "None" not in card
+
+
+def test_the_sizes_are_those_of_the_record(folder: Path):
+    record = recipe_of(folder)["record"]
+    card = (folder / "README.md").read_text()
+    assert "| block | key/value heads kept | neurons kept |" in card
+    for block, (heads, neurons) in enumerate(zip(record["key_value_heads"], record["neurons"], strict=True)):
+        assert f"| {block} | {heads} of 2 | {neurons} of 44 |\n" in card
+
+
+def test_the_commands_in_the_card_are_the_commands_that_there_are(folder: Path):
+    """Every option in the line that reproduces the run is one that the command knows."""
+    import argparse
+
+    from optimum_stat.commands import PruneCommand
+
+    parser = argparse.ArgumentParser()
+    PruneCommand.parse_args(parser)
+    line = next(line for line in (folder / "README.md").read_text().splitlines() if line.startswith("optimum-cli stat prune "))
+    asked = parser.parse_args(line.split()[3:])
+    assert (asked.keep, asked.budget, str(asked.output)) == (0.6, "macs", "OUTPUT")
+
+
+@pytest.mark.parametrize(
+    ("family", "head", "auto", "task"),
+    [
+        ("bert", "", "AutoModel", "feature-extraction"),
+        ("bert", "MaskedLM", "AutoModelForMaskedLM", "fill-mask"),
+        ("roberta", "QuestionAnswering", "AutoModelForQuestionAnswering", "question-answering"),
+        ("electra", "TokenClassification", "AutoModelForTokenClassification", "token-classification"),
+        ("gpt2", "CausalLM", "AutoModelForCausalLM", "text-generation"),
+    ],
+)
+def test_every_head_is_loaded_by_its_own_class(folder: Path, family: str, head: str, auto: str, task: str):
+    recipe = recipe_of(folder) | {"architecture": type(tiny(family, head)).__name__, "base_model": None, "metrics": []}
+    card = render(recipe, "me/small", PAPERS["stat"])
+    assert f'\nmodel = {auto}.from_pretrained("me/small")\n' in card
+    assert f"A {recipe['architecture']}, pruned" in card
+    assert ModelCard(card).data.pipeline_tag == task
+    assert "## Measured" not in card
+    assert "base_model" not in ModelCard(card).data.to_dict()
+
+
+@pytest.mark.parametrize("source", ["/home/me/models/bert", "./bert", "../models/bert", "a/b/model.gguf"])
+def test_a_folder_is_no_base_model_and_no_link(folder: Path, source: str):
+    card = render(recipe_of(folder) | {"base_model": source}, "small", PAPERS["stat"])
+    assert f"`{source}`, pruned" in card
+    assert "huggingface.co" not in card
+    assert "base_model" not in ModelCard(card).data.to_dict()
+
+
+def test_a_folder_named_like_a_hub_id_is_told_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    tiny("bert").save_pretrained(tmp_path / "models" / "bert")
+    monkeypatch.chdir(tmp_path)
+    assert STATPruner.from_pretrained("models/bert").source == "./models/bert"
+
+
+def test_text_from_outside_is_not_run_as_a_template(folder: Path):
+    recipe = recipe_of(folder)
+    recipe["report"]["data"] = "{{ 7 * 6 }} {% raw %}"
+    card = render(recipe, "small", PAPERS["stat"])
+    assert "{{ 7 * 6 }} {% raw %}; 6 examples" in card
+
+
+def test_the_citation_is_complete():
+    paper = Paper("ABC: A Method", "Jane Doe, John Roe", 2031, "3101.00001")
+    assert paper.url == "https://arxiv.org/abs/3101.00001"
+    for part in ("@misc{abc2031,", "author = {Jane Doe and John Roe}", "title = {ABC: A Method}", "year = {2031}"):
+        assert part in paper.bibtex
+
+
+def edited_cards(cards: Path) -> Iterator[str]:
+    """Folders whose README.md is not what their recipe.json renders to."""
+    for folder in sorted(path for path in cards.iterdir() if path.is_dir()):
+        recipe = json.loads((folder / "recipe.json").read_text())
+        card = (folder / "README.md").read_text()
+        name = (
+            ModelCard(card).data.to_dict().get("model-index", [{}])[0].get("name") or card.partition("\n# ")[2].partition("\n")[0]
+        )
+        names = [name] + [line.split('"')[1] for line in card.splitlines() if line.startswith("model = ")]
+        if all(render(copy.deepcopy(recipe), each, PAPERS[recipe["method"]]) != card for each in names):
+            yield folder.name
+
+
+def test_the_cards_in_the_repository_are_rendered_not_written():
+    assert not CARDS.exists() or list(edited_cards(CARDS)) == []
+
+
+def test_an_edited_card_is_noticed(folder: Path, tmp_path: Path):
+    (tmp_path / "one").mkdir()
+    shutil.copy(folder / "stat_recipe.json", tmp_path / "one" / "recipe.json")
+    shutil.copy(folder / "README.md", tmp_path / "one")
+    assert list(edited_cards(tmp_path)) == []
+    card = (tmp_path / "one" / "README.md").read_text()
+    for old, new in (("0.9125", "0.9925"), ("22 of 44", "21 of 44"), ("## Limits", "## No limits"), ("60.0%", "50.0%")):
+        if old in card:
+            (tmp_path / "one" / "README.md").write_text(card.replace(old, new))
+            assert list(edited_cards(tmp_path)) == ["one"]
+    recipe = recipe_of(folder)
+    recipe["report"]["pruned"]["params"] -= 1
+    (tmp_path / "one" / "recipe.json").write_text(json.dumps(recipe))
+    (tmp_path / "one" / "README.md").write_text(card)
+    assert list(edited_cards(tmp_path)) == ["one"]

@@ -1,0 +1,167 @@
+"""The source, read as text: what may import what, and where model names may stand."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import optimum_stat
+from optimum_stat.families import FAMILIES
+
+PACKAGE = Path(optimum_stat.__file__).parent
+LAYERS = (
+    {"linalg", "families", "config", "autoload"},
+    {"rows", "data", "probes", "walk", "budget", "slicing", "structure"},
+    {"card", "report", "remote_code", "checkpoint"},
+    {"pruner"},
+    {"methods"},
+    {"commands", "command_base", "command_data", "command_options", "comparison", "evaluation", "squad"},
+)
+"""From the bottom up: a file imports from its own layer or from one below it; the lowest imports nothing of ours."""
+FREE = {"__init__", "_wheel"}  # the lazy door to everything, and the one file that installation puts elsewhere
+SOURCES = sorted(path.relative_to(PACKAGE).as_posix() for path in PACKAGE.rglob("*.py"))
+MODEL_PATHS = {
+    part
+    for family in FAMILIES.values()
+    for path in (
+        family.blocks,
+        *family.qkv,
+        family.attention_out,
+        *family.up,
+        family.down,
+        *family.head_counts,
+        *family.head_widths,
+    )
+    for part in (path, *path.split("."))
+}
+EVERYDAY = {
+    "attention",
+    "output",
+    "layers",
+    "h",
+    "encoder",
+    "decoder",
+    "transformer",
+    "layer",
+    "self",
+    "dense",
+    "query",
+    "key",
+    "value",
+    "dim",
+}
+
+
+def room(source: str) -> str:
+    """Whose layer counts: the file's own name, or its folder's."""
+    return source.partition("/")[0].removesuffix(".py")
+
+
+def layer(name: str) -> int:
+    found = [i for i, names in enumerate(LAYERS) if name in names]
+    assert found, f"{name}.py stands in no layer of tests/test_layering.py: say where it belongs"
+    return found[0]
+
+
+def own_imports(source: str) -> Iterator[tuple[str, int]]:
+    """(dotted name below the package, line) of everything of ours that `source` imports for use at run time."""
+    tree = ast.parse((PACKAGE / source).read_text())
+    for_types = {id(inner) for node in ast.walk(tree) if _type_checking(node) for inner in ast.walk(node)}
+    folder = source.split("/")[:-1]
+    for node in ast.walk(tree):
+        if id(node) in for_types:
+            continue
+        if isinstance(node, ast.Import):
+            yield from (
+                (name.name.partition(".")[2], node.lineno) for name in node.names if name.name.startswith("optimum_stat.")
+            )
+        elif isinstance(node, ast.ImportFrom):
+            yield from _imported_from(node, folder)
+
+
+def _imported_from(node: ast.ImportFrom, folder: list[str]) -> Iterator[tuple[str, int]]:
+    if node.level:
+        start = folder[: len(folder) - node.level + 1]
+        base = ".".join([*start, *([node.module] if node.module else [])])
+    elif (node.module or "").split(".")[0] == "optimum_stat":
+        base = (node.module or "").partition(".")[2]
+    else:
+        return
+    for name in node.names:
+        is_module = (PACKAGE / base.replace(".", "/") / f"{name.name}.py").exists()
+        yield (f"{base}.{name.name}".strip(".") if is_module else base), node.lineno
+
+
+def _type_checking(node: ast.AST) -> bool:
+    return isinstance(node, ast.If) and isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING"
+
+
+def test_the_reader_of_imports_finds_them():
+    found = {name for name, _ in own_imports("methods/stat.py")}
+    assert {"budget", "card", "config", "methods.stat_published", "walk"} <= found
+    assert {name for name, _ in own_imports("pruner.py")} >= {"checkpoint", "structure", "slicing"}
+    assert "pruner" not in {name for name, _ in own_imports("checkpoint.py")}  # for types only
+    assert {name for name, _ in own_imports("data.py")} == {"config", "rows"}
+
+
+@pytest.mark.parametrize("source", [source for source in SOURCES if room(source) not in FREE])
+def test_imports_point_downwards(source: str):
+    own = layer(room(source))
+    for name, line in own_imports(source):
+        target = name.split(".")[0]
+        if not target or (source == "autoload.py" and target == "structure"):
+            continue  # the package itself; the hook that is imported once transformers is
+        where = f"{source}:{line} imports {name}"
+        assert own or target == room(source), f"{where}, but imports nothing of ours at the bottom"
+        assert layer(target) <= own, f"{where}, against the arrows"
+
+
+@pytest.mark.parametrize("source", [source for source in SOURCES if source.startswith("methods/") and "__init__" not in source])
+def test_methods_do_not_know_each_other(source: str):
+    own = Path(source).stem.partition("_")[0]
+    for name, line in own_imports(source):
+        if name.startswith("methods."):
+            assert name.split(".")[1].partition("_")[0] == own, f"{source}:{line} imports {name}"
+
+
+@pytest.mark.parametrize("source", [source for source in SOURCES if source != "families.py"])
+def test_model_and_module_names_stand_in_families_only(source: str):
+    tree = ast.parse((PACKAGE / source).read_text())
+    bodies = [getattr(parent, "body", []) for parent in ast.walk(tree)]
+    docstrings = {id(node.value) for body in bodies if isinstance(body, list) for node in body if isinstance(node, ast.Expr)}
+    forbidden = (set(FAMILIES) | MODEL_PATHS) - EVERYDAY
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in docstrings:
+            named = node.value in forbidden or any(name.lower() in node.value.lower() for name in FAMILIES if name != "opt")
+            assert not named, f"{source}:{node.lineno} names a model or one of its modules: {node.value!r}"
+
+
+CORE = [source for source in SOURCES if room(source) not in {*FREE, *LAYERS[-1], *LAYERS[-2]}]
+
+
+@pytest.mark.parametrize("source", CORE)
+def test_the_core_does_not_know_a_method(source: str):
+    assert not [name for name, _ in own_imports(source) if name.split(".")[0] == "methods"]
+
+
+@pytest.mark.parametrize("source", SOURCES)
+def test_files_are_short(source: str):
+    assert len((PACKAGE / source).read_text().splitlines()) < 300
+
+
+def test_importing_the_package_or_its_commands_imports_neither_torch_nor_transformers():
+    code = "import sys, optimum_stat, optimum_stat.commands; print({'torch', 'transformers'} & set(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert (done.stdout, done.stderr) == ("set()\n", "")
+
+
+def test_every_public_name_resolves():
+    for name in optimum_stat.__all__:
+        assert getattr(optimum_stat, name) is not None
+    with pytest.raises(AttributeError, match="has no attribute 'Prunner'"):
+        _ = optimum_stat.Prunner
