@@ -9,6 +9,8 @@ from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
+from .config import PruningConfig
+
 TASK_OF_HEAD = {
     "CausalLM": "text-generation",
     "LMHeadModel": "text-generation",
@@ -48,7 +50,7 @@ def render(recipe: dict[str, Any], repo_id: str, paper: Paper) -> str:
     report = recipe["report"]
     task = next((task for head, task in TASK_OF_HEAD.items() if head in recipe["architecture"]), "feature-extraction")
     data = ModelCardData(
-        base_model=recipe["base_model"] if _is_hub_id(recipe["base_model"]) else None,
+        base_model=recipe["base_model"] if is_hub_id(recipe["base_model"]) else None,
         library_name="transformers",
         pipeline_tag=task,
         tags=["optimum", "optimum-stat", "pruned", "structured-pruning", recipe["method"]],
@@ -61,20 +63,31 @@ def render(recipe: dict[str, Any], repo_id: str, paper: Paper) -> str:
         repo_id=repo_id,
         task=task,
         recipe=recipe,
-        on_hub=_is_hub_id(recipe["base_model"]),
+        on_hub=is_hub_id(recipe["base_model"]),
         report=report,
         paper=paper,
         auto_class=_auto_class(recipe["architecture"]),
         layers=_layers(report["groups"]),
         grouped=recipe["record"]["heads"] != recipe["record"]["key_value_heads"],
         config_json=json.dumps(recipe["config"]),
-        asks={name: value for name, value in recipe["config"].items() if value is not None},
+        asks=_asks(recipe["config"]),
     )
     return str(card)
 
 
-def _is_hub_id(source: str | None) -> bool:
+def is_hub_id(source: str | None) -> bool:
+    """Whether a source is a name on the Hub and not a folder."""
     return source is not None and source.count("/") <= 1 and not source.startswith((".", "/", "~"))
+
+
+def _asks(config: dict[str, Any]) -> dict[str, Any]:
+    """The options that ask for this configuration: all that were set, and those that were unset against their default."""
+    defaults = PruningConfig().to_dict()
+    return {
+        name: "none" if value is None else value
+        for name, value in config.items()
+        if value is not None or defaults.get(name) is not None
+    }
 
 
 def _results(recipe: dict[str, Any], task: str) -> list[EvalResult]:

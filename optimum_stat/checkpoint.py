@@ -111,7 +111,7 @@ def push(
     with tempfile.TemporaryDirectory() as folder:
         with _reported(repo_id, api):
             repo = api.create_repo(repo_id, private=private, exist_ok=True)
-        write_repo(pruner, Path(folder), repo.repo_id, **kwargs)
+        write_repo(pruner, Path(folder), repo.repo_id, public=True, **kwargs)
         with _reported(repo_id, api):
             commit = api.upload_folder(
                 repo_id=repo.repo_id,
@@ -136,8 +136,11 @@ def _reported(repo_id: str, api: HfApi) -> Iterator[None]:
         ) from error
 
 
-def write_repo(pruner: Pruner[Any], folder: Path, name: str, **kwargs: Any) -> None:
-    """Weights, config, tokenizer, recipe, remote-code loader and card; `name` is what the card calls it."""
+def write_repo(pruner: Pruner[Any], folder: Path, name: str, public: bool = False, **kwargs: Any) -> None:
+    """Weights, config, tokenizer, recipe, remote-code loader and card; `name` is what the card calls it.
+
+    What is `public` does not tell where on this machine a local base model lies, only what its folder is called.
+    """
     auto_map = remote_code.write(pruner.model, folder)
     pruner.model.config.auto_map = auto_map
     try:
@@ -147,6 +150,8 @@ def write_repo(pruner: Pruner[Any], folder: Path, name: str, **kwargs: Any) -> N
     if pruner.tokenizer is not None:
         pruner.tokenizer.save_pretrained(folder)
     recipe = make_recipe(pruner)
+    if public and recipe["base_model"] and not card.is_hub_id(recipe["base_model"]):
+        recipe["base_model"] = f"./{Path(recipe['base_model']).name}"
     (folder / RECIPE).write_text(json.dumps(recipe, indent=2) + "\n")
     (folder / "README.md").write_text(card.render(recipe, name, pruner.paper))
 

@@ -106,7 +106,7 @@ def _some_examples(batches: Batches) -> list[dict[str, Tensor]]:
     parts = []
     for batch in batches:
         count, length = batch["input_ids"].shape
-        for rows in torch.split(torch.arange(count), max(1, 1024 // length)):
+        for rows in torch.split(torch.arange(count), max(1, 512 // length)):
             parts.append({name: value[rows] for name, value in batch.items()})
     stride = max(1, batches.num_tokens // FISHER_TOKENS)
     return parts[min(stride, len(parts)) // 2 :: stride]
@@ -122,8 +122,9 @@ def _drawn_gradients(output: Any, mask: Tensor, generators: list[torch.Generator
         noise = _noise(value, mask if over_tokens or value.dim() == 3 else None, generator)
         if name != "last_hidden_state" and value.shape[-1] > 1:
             logits = value.detach().float()
-            root = (logits.masked_fill(mask == 0, -torch.inf) if over_tokens else logits).softmax(-1).sqrt()
-            noise = root * noise - root.square() * (root * noise).sum(-1, keepdim=True)
+            p = (logits.masked_fill(mask == 0, -torch.inf) if over_tokens else logits).softmax(-1)
+            noise.mul_(p.sqrt_())  # in place: with a large vocabulary each of these tensors is as big as a layer
+            noise.addcmul_(p.square_(), noise.sum(-1, keepdim=True), value=-1)
         drawn.append(noise.to(value.dtype))
     return outputs, drawn
 

@@ -242,7 +242,7 @@ def test_error_curve_of_fewer_tokens_than_columns() -> None:
     linalg.add_to_gram(gram, rows)
     curve, z = linalg.error_curve(linalg.symmetrize(gram), weight, order), rows.double()
     for k in range(0, 121, 10):
-        assert float(curve[k]) == pytest.approx(_lost(z, z @ weight.T, order[:k].tolist()), rel=1e-3, abs=1e-5 * float(curve[0]))
+        assert float(curve[k]) == pytest.approx(_lost(z, z @ weight.T, order[:k].tolist()), rel=1e-3, abs=2e-5 * float(curve[0]))
 
 
 @pytest.mark.parametrize(("dtype", "ridge"), [(torch.float64, 0.0), (torch.float64, 0.01), (torch.float32, 0.01)])

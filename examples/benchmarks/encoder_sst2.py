@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 from datasets import Dataset
-from measure import forward_seconds, table
+from measure import forward_seconds, table, write_card
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from optimum_stat import STATConfig, STATPruner
@@ -26,6 +26,7 @@ def main() -> None:
     parser.add_argument("data", type=Path)
     parser.add_argument("--keep", type=float, nargs="+", default=[0.7, 0.6, 0.5, 0.4])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--card", type=Path, help="write the card of the first run of the default recipe into this folder")
     args = parser.parse_args()
     train, dev = (Dataset.from_parquet(str(args.data / f"{name}.parquet")) for name in ("train", "dev"))
     tokenizer = AutoTokenizer.from_pretrained(args.model)
@@ -43,6 +44,10 @@ def main() -> None:
                 model = pruner.prune(sample)
                 ratios.append(sum(stage.seconds for stage in pruner.report.stages.values()) / floor)
                 scores.append(accuracy(model, tokenizer, dev))
+                if args.card and name == "fisher" and keep == 0.5 and seed == args.seeds[0]:
+                    result = {"name": "accuracy", "dataset": "SST-2 validation", "value": round(scores[-1], 2)}
+                    pruner.metrics.append({**result, "dense": round(float(rows[0][2]), 2)})
+                    write_card(pruner, args.card, None, "512 training sentences of SST-2, drawn under seed 0")
             spread = f"{sum(scores) / len(scores):.2f} ({min(scores):.2f} to {max(scores):.2f})"
             rows.append((name, f"{keep}", spread, f"{sorted(ratios)[len(ratios) // 2]:.1f}"))
             print(table(("recipe", "MACs kept", "dev accuracy, mean (range)", "forward passes"), rows), flush=True)
