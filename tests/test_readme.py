@@ -16,7 +16,8 @@ FILES = ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config
 
 
 def blocks(language):
-    return re.findall(rf"^```{language}\n(.*?)^```", README, flags=re.M | re.S)
+    fenced = README.split("```")[1::2]
+    return [block.partition("\n")[2] for block in fenced if block.partition("\n")[0] == language]
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +48,8 @@ def run(command, folder, env):
 def test_python_blocks(workplace):
     folder, hub, env = workplace
     prune, load = blocks("python")
-    assert "stat: 4" in run([sys.executable, "-c", prune], folder, env)  # the report's first line: "stat: 49.9% of ..."
+    report = run([sys.executable, "-c", prune], folder, env)
+    assert re.search(r"^stat: (49\.\d|50\.0)% of the blocks' macs kept", report, flags=re.M), report
     assert {"config.json", "model.safetensors", "README.md", "tokenizer.json"} <= set(hub.files("me/minilm-half"))
     printed = run([sys.executable, "-c", f"{load}\nprint(model.config.stat_pruning['neurons'])"], folder, env)
     assert len(set(map(int, re.findall(r"\d+", printed)))) > 1
@@ -74,7 +76,7 @@ def test_installation_commands_are_those_of_make():
 
 
 def test_file_tree_is_true():
-    (tree,) = [block for block in blocks("") if block.startswith("optimum_stat/")]
+    (tree,) = blocks("")
     section = tree.partition("examples/")[0]
     named = set(re.findall(r"[\w/]+\.py", section))
     assert all((ROOT / "optimum_stat" / name).is_file() for name in named)
