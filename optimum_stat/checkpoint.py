@@ -111,6 +111,8 @@ def push(
     with tempfile.TemporaryDirectory() as folder:
         with _reported(repo_id, api):
             repo = api.create_repo(repo_id, private=private, exist_ok=True)
+            if private and not api.model_info(repo.repo_id).private:
+                raise ValueError(f"{repo.repo_id} exists and is public; private=True asked, so nothing was pushed to it.")
         write_repo(pruner, Path(folder), repo.repo_id, public=True, **kwargs)
         with _reported(repo_id, api):
             commit = api.upload_folder(

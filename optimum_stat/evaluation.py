@@ -53,7 +53,7 @@ class Measured:
     macs: int | None
     """Multiply-adds of the blocks for one example of `num_tokens` tokens; None for families that cannot be pruned."""
     seconds: float
-    """Median wall time of a forward pass over one example of `num_tokens` tokens."""
+    """Median wall time of a forward pass over it."""
     num_tokens: int
     embeddings: Tensor | None = field(default=None, repr=False)
     """Of models without a head, [examples, hidden], float32 on the CPU: see `cosine`."""
@@ -73,8 +73,7 @@ def measure(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, d
     with quiet(model), torch.inference_mode():
         metrics, embeddings, example = _MEASURES[task](model, tokenizer, data)
         seconds = latency(model, example)
-    parameters = sum(parameter.numel() for parameter in model.parameters())
-    length = example["input_ids"].shape[1]
+    parameters, length = sum(parameter.numel() for parameter in model.parameters()), example["input_ids"].shape[1]
     macs = model_cost(model, "macs", length) if model.config.model_type in FAMILIES else None
     return Measured(task, metrics, parameters, macs, seconds, length, embeddings)
 
@@ -276,25 +275,23 @@ def _encoded(model: Any, tokenizer: Any, texts: Sequence[tuple[str, ...]], confi
         how = {"padding": size > 1, "truncation": True, "max_length": seq_len, "padding_side": "right"}
         encoded = tokenizer(*columns, return_tensors="pt", **how)
         batches.append({name: value for name, value in encoded.items() if name in accepted})
-    if not batches:
-        raise ValueError("The dataset has no rows to measure on.")
-    return batches
+    if batches:
+        return batches
+    raise ValueError("The dataset has no rows to measure on.")
 
 
 def _seq_len(model: Any, tokenizer: Any, config: PruningConfig) -> int:
-    most = getattr(model.config.get_text_config(), "max_position_embeddings", None) or SEQ_LEN
-    return min(config.seq_len or SEQ_LEN, most, tokenizer.model_max_length)
+    most = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    return min(config.seq_len or SEQ_LEN, most or SEQ_LEN, tokenizer.model_max_length)
 
 
 def _first(batches: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
     """The first example, without its padding."""
-    real = int(batches[0]["attention_mask"][0].sum())
-    return {name: value[:1, :real] for name, value in batches[0].items()}
+    return {name: value[:1, : int(batches[0]["attention_mask"][0].sum())] for name, value in batches[0].items()}
 
 
 def _to(batch: dict[str, Tensor], model: Any) -> dict[str, Tensor]:
-    device = device_of(model)
-    return {name: value.to(device) for name, value in batch.items()}
+    return {name: value.to(device_of(model)) for name, value in batch.items()}
 
 
 def data_config(**given: Any) -> PruningConfig:

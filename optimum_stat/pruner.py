@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, ClassVar, Generic, TypeVar, final
 
+import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from . import checkpoint
@@ -96,7 +97,8 @@ class Pruner(ABC, Generic[C]):
         dense, stages = self._cost(batches), dict[str, Stage]()
         groups = find_groups(model)
         limit = self._limit(groups, batches)
-        with quiet(model), self._guard(model):
+        # a caller's inference_mode would make the new weights unfit for training, and forbid the Fisher pass
+        with torch.inference_mode(False), quiet(model), self._guard(model):
             with timed(stages, "measure", device_of(model)):
                 stats = self.measure(groups, batches)
                 ranking = self.rank(groups, stats)
