@@ -26,11 +26,12 @@ def packaged(name):
 def logits_of_fresh_process(folder, auto_class, ids, tmp_path):
     code = (
         "import json, sys, torch, transformers, optimum_stat\n"
+        "torch.set_num_threads(1)\n"  # as here: another number of threads sums in another order
         f"model = transformers.{auto_class}.from_pretrained(sys.argv[1])\n"
         "with torch.no_grad(): torch.save(model(torch.tensor(json.loads(sys.argv[2])))[0], sys.argv[3])\n"
     )
     arguments = [str(folder), json.dumps(ids.tolist()), str(tmp_path / "logits.pt")]
-    subprocess.run([sys.executable, "-c", code, *arguments], check=True, timeout=280, env=None)
+    subprocess.run([sys.executable, "-c", code, *arguments], check=True, timeout=280)
     return torch.load(tmp_path / "logits.pt", weights_only=True)
 
 
