@@ -156,7 +156,8 @@ class STATPruner(Pruner[STATConfig]):
                 waiting.append((group, keep, corrected))
                 if not before_pruning:
                     _apply(*waiting.pop())
-            walk.advance(index)
+            if index + 1 < len(walk.blocks):
+                walk.advance(index)
             for group, keep, corrected in waiting:
                 _apply(group, keep, corrected)
 
@@ -183,9 +184,9 @@ def _corrected_weight(walk: BlockWalk, group: Group, keep: Tensor, ridge: float)
     gram, cross = _square(len(columns), group), torch.zeros(len(columns), len(full)).to(lost.device, torch.float64)
 
     def add(_: Group, z: Tensor) -> None:
-        kept = z[:, columns]
+        kept = z.index_select(1, columns)
         add_to_gram(gram, kept)
-        cross.add_(kept.T @ (z[:, rest] @ lost))
+        cross.add_(kept.T @ (z.index_select(1, rest) @ lost))
 
     walk.run(group.block, [group], add)
     change = solve_psd(damped(symmetrize(gram), ridge), cross).T
