@@ -29,7 +29,7 @@ def unit_cost(model: nn.Module, group: Group, budget: str, seq_len: int) -> int:
     "macs": multiply-adds for one example of `seq_len` tokens: the same matrices once per token, and for heads the two
     attention products, `2 * context * head_dim` per query head and token, where `context` is the mean number of tokens
     that a token attends to (`seq_len`; `(seq_len + 1) / 2` under a causal mask; fewer in a sliding window).
-    Norms, softmax and biases are not counted as MACs. Source: Kwon et al. 2022, appendix, for encoders.
+    Norms, softmax and biases are not counted as MACs. Source: Kwon et al. 2022 (their released code), for encoders.
     """
     matrices = sum(weight(p.linear).numel() for p in group.producers) + weight(group.consumer).numel()
     if budget == "params":

@@ -128,7 +128,7 @@ def backward_elimination(gram: Tensor, weight: Tensor, block: int = 1, ridge: fl
 
     Greedy over all units while there are at most 64 of them, else over the 64 that are cheapest at the start of every
     32 removals; the costs are exact in either case, to the precision of `gram`.
-    Source: optimal brain surgeon for structures (ZipLM, 2302.04089, section 3), in the order-recursive form.
+    Source: optimal brain surgeon for structures (ZipLM, 2302.04089), in the order-recursive form.
     """
     inverse = torch.cholesky_inverse(cholesky(damped(gram, ridge)))
     rows = weight.T.to(gram.dtype).clone()
