@@ -23,7 +23,7 @@ class PruningConfig:
     budget: str = "params"
     """What `keep` counts: "params", or "macs" (multiply-adds of one example of the calibration data's mean length)."""
     round_to: int = 8
-    """MLP widths become multiples of this, for the matrix kernels' sake (reported for VTrans: 8 gives 1.52x, 64 1.75x, none 1.25x)."""
+    """MLP widths become multiples of this, for the matrix kernels (reported for VTrans: 8 gives 1.52x, 64 1.75x, none 1.25x)."""
     seq_len: int | None = None
     """Tokens per example (encoders truncate) or per window (causal language models). None: 512, or what the model takes."""
     num_tokens: int | None = 65_536
