@@ -14,18 +14,22 @@ if TYPE_CHECKING:
     from typing import Any
 
     from .config import PruningConfig as PruningConfig
+    from .methods.fisher import FisherConfig as FisherConfig
+    from .methods.fisher import FisherPruner as FisherPruner
     from .methods.stat import STATConfig as STATConfig
     from .methods.stat import STATPruner as STATPruner
     from .pruner import Pruner as Pruner
 
 __version__ = "0.1.0.dev0"
 _HOME = {
+    "FisherConfig": "methods.fisher",
+    "FisherPruner": "methods.fisher",
     "Pruner": "pruner",
     "PruningConfig": "config",
     "STATConfig": "methods.stat",
     "STATPruner": "methods.stat",
 }
-__all__ = ["Pruner", "PruningConfig", "STATConfig", "STATPruner", "__version__"]
+__all__ = ["FisherConfig", "FisherPruner", "Pruner", "PruningConfig", "STATConfig", "STATPruner", "__version__"]
 
 
 def __getattr__(name: str) -> Any:

@@ -65,21 +65,22 @@ def options(group: Group, round_to: int) -> list[int]:
 
 def allocate(
     error: Mapping[str, Tensor],
-    unit_costs: Mapping[str, int],
+    costs: Mapping[str, Sequence[float]],
     sizes: Mapping[str, Sequence[int]],
     limit: float,
 ) -> dict[str, int]:
-    """Units to keep per group: minimise `sum error[g][k_g]` subject to `sum k_g * unit_costs[g] <= limit`.
+    """Units to keep per group: minimise `sum error[g][k_g]` subject to `sum cost_g(k_g) <= limit`, costs rising with k.
 
+    error: [units + 1] per group; sizes: the k to choose from; costs: one for each of these.
     Lagrangian relaxation on the lower convex hull of every group's error curve, solved exactly by taking the hull's
-    segments in the order of error saved per cost; then the rest of the budget is filled with the best step that still
-    fits, until none does. So the result is never above the limit, what is left is less than the smallest next step of
-    any group, and its error exceeds the optimum by no more than what one segment saves.
+    segments in the order of error saved per cost; then the rest of the budget is filled (`fill`). So the result is never
+    above the limit, and its error exceeds the optimum by no more than what one segment saves. `knapsack` is exact, and
+    takes time for it.
 
     Raises:
         ValueError: even the smallest sizes cost more than the limit.
     """
-    curves = {name: _Curve.of(error[name], unit_costs[name], sizes[name]) for name in error}
+    curves = _curves(error, costs, sizes)
     at = dict.fromkeys(curves, 0)  # position in each group's list of sizes
     spare = limit - sum(curve.cost[0] for curve in curves.values())
     if spare < 0:
@@ -93,6 +94,22 @@ def allocate(
         if step > spare:
             break
         at[name], spare = stop, spare - step
+    return fill(error, costs, sizes, limit, at)
+
+
+def fill(
+    error: Mapping[str, Tensor],
+    costs: Mapping[str, Sequence[float]],
+    sizes: Mapping[str, Sequence[int]],
+    limit: float,
+    at: Mapping[str, int],
+) -> dict[str, int]:
+    """Start from position `at[g]` in every group's sizes and take the best step up that still fits, until none does.
+
+    What is left of the budget afterwards is less than the smallest next step of any group.
+    """
+    curves, at = _curves(error, costs, sizes), dict(at)
+    spare = limit - sum(curve.cost[at[name]] for name, curve in curves.items())
     while best := max((c.best_step(name, at[name], spare) for name, c in curves.items()), default=None):
         _, name, stop = best
         if stop == at[name]:
@@ -110,11 +127,6 @@ class _Curve:
     cost: np.ndarray
     error: np.ndarray
 
-    @classmethod
-    def of(cls, error: Tensor, unit_cost: int, sizes: Sequence[int]) -> _Curve:
-        at = np.asarray(sizes)
-        return cls(at, at * unit_cost, error.double().cpu().numpy()[at])
-
     def hull(self, name: str) -> list[tuple[float, str, int, int]]:
         """(minus error saved per cost, name, from, to) along the lower convex hull, steepest first."""
         points = [0]
@@ -127,11 +139,23 @@ class _Curve:
     def best_step(self, name: str, now: int, spare: float) -> tuple[float, str, int]:
         """(error saved per cost, name, to) of the best larger size that costs at most `spare` more."""
         extra = self.cost[now + 1 :] - self.cost[now]
-        fits = int(np.searchsorted(extra, spare, side="right"))
-        if not fits:
+        fits = np.flatnonzero(extra <= spare)
+        if not len(fits):
             return -np.inf, name, now
-        gain = (self.error[now] - self.error[now + 1 : now + 1 + fits]) / extra[:fits]
-        return float(gain.max()), name, now + 1 + int(gain.argmax())
+        saved = self.error[now] - self.error[now + 1 + fits]
+        # a measured size may be faster than a smaller one: then it is taken whatever it saves
+        gain = np.where(extra[fits] > 0, saved / np.maximum(extra[fits], 1e-300), np.inf)
+        return float(gain.max()), name, now + 1 + int(fits[gain.argmax()])
 
     def _slope(self, a: int, b: int) -> float:
         return float((self.error[b] - self.error[a]) / (self.cost[b] - self.cost[a]))
+
+
+def _curves(
+    error: Mapping[str, Tensor], costs: Mapping[str, Sequence[float]], sizes: Mapping[str, Sequence[int]]
+) -> dict[str, _Curve]:
+    found = {}
+    for name, own in sizes.items():
+        at = np.asarray(own)
+        found[name] = _Curve(at, np.asarray(costs[name]), error[name].double().cpu().numpy()[at])
+    return found

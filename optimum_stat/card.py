@@ -10,15 +10,7 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from .config import PruningConfig
-
-TASK_OF_HEAD = {
-    "CausalLM": "text-generation",
-    "LMHeadModel": "text-generation",
-    "MaskedLM": "fill-mask",
-    "SequenceClassification": "text-classification",
-    "TokenClassification": "token-classification",
-    "QuestionAnswering": "question-answering",
-}
+from .families import TASK_OF_HEAD, task_of_class
 
 
 @dataclass(frozen=True)
@@ -48,7 +40,7 @@ class Paper:
 def render(recipe: dict[str, Any], repo_id: str, paper: Paper) -> str:
     """The card's text. `recipe` is what `checkpoint.make_recipe` returns, or `stat_recipe.json` read back."""
     report = recipe["report"]
-    task = next((task for head, task in TASK_OF_HEAD.items() if head in recipe["architecture"]), "feature-extraction")
+    task = task_of_class(recipe["architecture"])
     data = ModelCardData(
         base_model=recipe["base_model"] if is_hub_id(recipe["base_model"]) else None,
         library_name="transformers",
@@ -83,10 +75,11 @@ def is_hub_id(source: str | None) -> bool:
 def _asks(config: dict[str, Any]) -> dict[str, Any]:
     """The options that ask for this configuration: all that were set, and those that were unset against their default."""
     defaults = PruningConfig().to_dict()
+    aside = {"latency_table"} if config["budget"] == "latency" else {"latency_table", "latency_batch_size"}
     return {
         name: "none" if value is None else value
         for name, value in config.items()
-        if value is not None or defaults.get(name) is not None
+        if name not in aside and (value is not None or defaults.get(name) is not None)
     }
 
 

@@ -165,12 +165,20 @@ def make_recipe(pruner: Pruner[Any]) -> dict[str, Any]:
         "method": pruner.method,
         "base_model": pruner.source,
         "architecture": type(pruner.model).__name__,
-        "config": pruner.config.to_dict(),
+        "config": _config(pruner),
         "record": getattr(pruner.model.config, KEY),
         "report": pruner.report.to_dict(),
         "metrics": pruner.metrics,
+        **({"latency_table": pruner.latency.to_dict()} if pruner.latency else {}),
         "versions": {name: metadata.version(name) for name in libraries},
     }
+
+
+def _config(pruner: Pruner[Any]) -> dict[str, Any]:
+    """The run's, without the folder on this machine where it found its latencies: they are in the recipe."""
+    config = pruner.config.to_dict()
+    table = config["latency_table"]
+    return config | {"latency_table": table and Path(table).name}
 
 
 def check_record(model: PreTrainedModel) -> None:

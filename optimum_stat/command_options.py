@@ -65,12 +65,13 @@ def add_config_options(parser: argparse.ArgumentParser) -> None:
     for method, fields in known.items():
         for field in fields:
             own.setdefault(field.name, {})[method] = field
-    groups = {method: parser.add_argument_group(f"of method {method} only") for method in known}
+    groups: dict[tuple[str, ...], Any] = {}
     for by_method in own.values():
-        field = next(iter(by_method.values()))
-        several = len(by_method) > 1
-        texts = [(f"{method}: " if several else "") + _help(each) for method, each in by_method.items()]
-        _add_field(groups[next(iter(by_method))], field, " ".join(texts))
+        methods_of, field = tuple(by_method), next(iter(by_method.values()))
+        if methods_of not in groups:
+            groups[methods_of] = parser.add_argument_group(f"of method {' and '.join(methods_of)} only")
+        texts = [(f"{method}: " if len(by_method) > 1 else "") + _help(each) for method, each in by_method.items()]
+        _add_field(groups[methods_of], field, " ".join(texts))
 
 
 def given_config(args: argparse.Namespace) -> dict[str, Any]:
@@ -116,6 +117,7 @@ def add_data_options(parser: argparse.ArgumentParser, split_help: str) -> None:
         metavar="COLUMN",
         help="the column with the text, or two for pairs (default: found by name, such as text, or premise and hypothesis)",
     )
+    group.add_argument("--label-column", metavar="COLUMN", help="the column with the labels (default: found by name)")
     group.add_argument("--streaming", action="store_true", help="read rows as needed instead of downloading the whole dataset")
 
 

@@ -53,7 +53,7 @@ class PruneCommand(Command):
         pruner = method.from_pretrained(args.model, config, task=args.task, **_loading(args))
         if device is not None:
             pruner.model.to(device)
-        pruner.prune(dataset, text_columns=_text_columns(args))
+        pruner.prune(dataset, text_columns=_text_columns(args), label_column=args.label_column)
         pruner.save_pretrained(args.output)
         url = pruner.push_to_hub(repo_id, private=args.private or None) if repo_id else None
         name = type(pruner.model).__name__
@@ -79,7 +79,6 @@ class EvaluateCommand(Command):
         dense.add_argument("--no-dense", action="store_true", help="compare with none")
         parser.add_argument("--save", action="store_true", help="write the metrics into MODEL's recipe and model card")
         command_options.add_data_options(parser, "which part of the dataset (default: validation, test or train)")
-        parser.add_argument("--label-column", metavar="COLUMN", help="the column with the labels (default: found by name)")
         command_options.add_reading_options(parser)
         command_options.add_model_options(parser)
         command_options.add_output_options(parser)

@@ -18,7 +18,8 @@ from transformers import AutoConfig, AutoModel
 
 from . import card, checkpoint
 from .budget import model_cost
-from .evaluation import Data, Measured, cosine, measure, task_of
+from .evaluation import Data, Measured, cosine, measure
+from .families import task_of
 from .rows import Rows
 from .structure import KEY, SIZES, describe
 

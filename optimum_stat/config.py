@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-BUDGETS = ("params", "macs")
+BUDGETS = ("params", "macs", "latency")
 C = TypeVar("C", bound="PruningConfig")
 
 
@@ -21,7 +21,8 @@ class PruningConfig:
     keep: float = 0.5
     """Share of the blocks' cost that stays, in (0, 1]. Asked of the whole model, not of each layer."""
     budget: str = "params"
-    """What `keep` counts: "params", or "macs" (multiply-adds of one example of the calibration data's mean length)."""
+    """What `keep` counts: "params", "macs" (multiply-adds of one example of the calibration data's mean length), or "latency"
+    (measured time of the whole model, on the device it is on, for a batch of such examples)."""
     round_to: int = 8
     """MLP widths become multiples of this, for the matrix kernels (reported for VTrans: 8 gives 1.52x, 64 1.75x, none 1.25x)."""
     seq_len: int | None = None
@@ -34,6 +35,11 @@ class PruningConfig:
     """Examples in one forward pass. Memory for activations grows with it; the result hardly depends on it."""
     seed: int = 0
     """Of everything a method draws at random."""
+    latency_batch_size: int = 1
+    """Examples in the batch whose time a latency budget counts."""
+    latency_table: str | None = None
+    """A file with latencies that an earlier run measured: a recipe (stat_recipe.json), or a table of its own. None: they are
+    measured, and remembered for the next run on this device."""
 
     def __post_init__(self) -> None:
         """Refuse values that no run could honour."""
@@ -41,7 +47,7 @@ class PruningConfig:
             raise ValueError(f"keep={self.keep} asked; it is the share of the model that stays and must lie in (0, 1].")
         if self.budget not in BUDGETS:
             raise ValueError(f"budget={self.budget!r} asked; it must be one of {', '.join(map(repr, BUDGETS))}.")
-        for name in ("round_to", "batch_size", "seq_len", "num_tokens", "max_examples"):
+        for name in ("round_to", "batch_size", "seq_len", "num_tokens", "max_examples", "latency_batch_size"):
             value = getattr(self, name)
             if value is not None and (not isinstance(value, int) or value < 1):
                 raise ValueError(f"{name}={value!r} asked; it must be a whole number of at least 1.")

@@ -9,15 +9,19 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 from transformers.utils.logging import tqdm
 
 from optimum_stat.config import PruningConfig
+from optimum_stat.families import task_of
+from optimum_stat.labels import IGNORED, POSITIONS, why_none
 from optimum_stat.rows import INPUTS, Rows, tensors
 
 SEQ_LEN = 512  # when the user asks for none and the model takes as many
+LABELS = ("labels", *POSITIONS)
 PIECE = 1 << 16  # characters given to the tokenizer at once: one row may be a whole book
 
 
@@ -36,6 +40,8 @@ class Batches:
     """SHA-256 (hex) of the real token ids of each example, in the order of the data. Batch size does not enter."""
     source: str
     """What the data was, in one line."""
+    labels: tuple[dict[str, Tensor], ...] | None = None
+    """One dict an item, under the names that the model's forward has (`labels`, `start_positions`, ...); None: no labels."""
 
     def __iter__(self) -> Iterator[dict[str, Tensor]]:
         return iter(self.items)
@@ -52,18 +58,26 @@ def make_batches(
     causal: bool,
     tokenizer: PreTrainedTokenizerBase | None = None,
     text_columns: Sequence[str] | None = None,
+    labels_for: Any = None,
+    label_column: str | None = None,
+    labels_needed: bool = False,
 ) -> Batches:
     """Read, tokenize, cut and batch calibration data; reading stops as soon as `config` has enough.
 
     Encoders get one example a row, truncated to `seq_len`, longest first, padded on the right. Causal language models
     get windows of `seq_len` tokens, without padding: the rows' texts joined by newlines, and in front of each window
     what the tokenizer puts before a text (token id rows are joined as they are, or kept if all have one length).
-    Ready batches stay as they are. Raises ValueError if the data is empty, lacks the columns, needs a tokenizer or does
-    not fit the model's vocabulary or length; TypeError if it is no collection of examples.
+    Ready batches stay as they are. With `labels_for`, a model, the labels that its head is trained on are read too, where
+    the data has some; `labels_needed` refuses data without. Raises ValueError if the data is empty, lacks the columns, needs
+    a tokenizer or does not fit the model's vocabulary, length or classes; TypeError if it is no collection of examples.
     """
     text_config = model_config.get_text_config()
     longest, seq_len = _lengths(config.seq_len, text_config, tokenizer)
-    rows = Rows(dataset, text_columns, config.batch_size)
+    rows = Rows(dataset, text_columns, config.batch_size, labels_for, label_column)
+    if rows.labels and rows.labels.per_token and rows.kind.startswith("string"):
+        rows.labels = None  # nobody knows which of the tokens to come a label would belong to
+    if labels_needed and rows.labels is None and task_of(labels_for) != "text-generation":
+        raise ValueError(why_none(labels_for, rows.all_columns))
     tally = _Tally(config, getattr(text_config, "vocab_size", None), longest)
     items = list(tally.take(_examples(rows, config, seq_len, causal, tokenizer)))
     if not items:
@@ -72,8 +86,10 @@ def make_batches(
         items = [{key: value for key, value in item.items() if key != "token_type_ids"} for item in items]
     if rows.kind != "ready batches":
         items = _pad(items, config.batch_size, _pad_id(tokenizer, text_config))
+    names = [name for name in LABELS if name in items[0]]
+    labels = tuple({name: item.pop(name) for name in names} for item in items) if names else None
     mean, digest = round(tally.num_tokens / tally.num_examples), tally.digest.hexdigest()
-    return Batches(tuple(items), tally.num_tokens, tally.num_examples, mean, digest, rows.source())
+    return Batches(tuple(items), tally.num_tokens, tally.num_examples, mean, digest, rows.source(), labels)
 
 
 def _lengths(asked: int | None, text_config: Any, tokenizer: Any) -> tuple[int | None, int]:
@@ -144,26 +160,26 @@ def _enough(config: PruningConfig, num_examples: int, num_tokens: int) -> bool:
 def _examples(rows: Rows, config: PruningConfig, seq_len: int, causal: bool, tokenizer: Any) -> Iterable[dict[str, Tensor]]:
     """One batch of one for each example or window; ready batches as they are."""
     if rows.kind == "ready batches":
-        return rows
+        return ({**batch, **labels} for batch, labels in rows.with_labels())
     if rows.kind == "tokenized rows" and causal:
         return _id_windows((row["input_ids"].tolist() for row in rows), seq_len, config)
     if rows.kind == "tokenized rows":
-        return ({key: tensor[None, :seq_len] for key, tensor in row.items()} for row in rows)
+        return ({k: v[None, :seq_len] for k, v in row.items()} | labels for row, labels in rows.with_labels())
     if tokenizer is None:
         raise ValueError("The dataset is raw text and there is no tokenizer. Pass tokenizer=, or tokenized rows.")
     special = tokenizer.num_special_tokens_to_add(pair=rows.kind == "string pairs")
     if seq_len <= special:  # the tokenizer would not truncate at all
         raise ValueError(f"seq_len={seq_len} leaves no room for text beside {special} special tokens. Raise seq_len.")
     own = copy.deepcopy(tokenizer)  # calls change truncation and padding, which would be saved with the user's model
-    return (_text_windows if causal else _truncated)(rows, own, seq_len)
+    return _text_windows(rows, own, seq_len) if causal else _truncated(rows, own, seq_len)
 
 
-def _truncated(rows: Iterable[tuple[str, ...]], tokenizer: Any, seq_len: int) -> Iterator[dict[str, Tensor]]:
-    for texts in rows:
+def _truncated(rows: Rows, tokenizer: Any, seq_len: int) -> Iterator[dict[str, Tensor]]:
+    for texts, labels in rows.with_labels():
         if any(text.strip() for text in texts):
             encoded = tokenizer(*texts, truncation=True, max_length=seq_len)
             found = tensors(encoded, [key for key in INPUTS if key in encoded], "The tokenizer's output")
-            yield {key: tensor[None] for key, tensor in found.items()}
+            yield {key: tensor[None] for key, tensor in found.items()} | labels
 
 
 def _text_windows(rows: Iterable[tuple[str, ...]], tokenizer: Any, seq_len: int) -> Iterator[dict[str, Tensor]]:
@@ -227,5 +243,12 @@ def _pad(examples: list[dict[str, Tensor]], batch_size: int, pad_id: int) -> lis
     """Batches of like length, the longest first, so that memory runs out at once or never."""
     examples = sorted(examples, key=lambda example: -example["input_ids"].shape[1])
     parts = [examples[start : start + batch_size] for start in range(0, len(examples), batch_size)]
-    fill = {"input_ids": float(pad_id)}
-    return [{key: pad_sequence([e[key][0] for e in part], True, fill.get(key, 0.0)) for key in part[0]} for part in parts]
+    return [{key: _joined(key, [example[key] for example in part], pad_id) for key in part[0]} for part in parts]
+
+
+def _joined(key: str, values: list[Tensor], pad_id: int) -> Tensor:
+    """What belongs to tokens is padded to one length, [examples, length]; what belongs to examples is not."""
+    if key in LABELS and (values[0].dim() == 1 or values[0].is_floating_point()):
+        return torch.cat(values)
+    fill = {"input_ids": float(pad_id), "labels": float(IGNORED)}
+    return pad_sequence([value[0] for value in values], True, fill.get(key, 0.0))

@@ -6,8 +6,6 @@ import dataclasses
 import inspect
 import itertools
 import math
-import statistics
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -19,15 +17,16 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils.logging import tqdm
 
 from .budget import model_cost
-from .card import TASK_OF_HEAD
 from .config import PruningConfig
 from .data import SEQ_LEN, Batches, make_batches
-from .families import FAMILIES
+from .families import FAMILIES, task_of
+from .labels import COLUMNS as LABEL_COLUMNS
+from .labels import class_ids
+from .latency import median_time
 from .probes import device_of, quiet
 from .rows import Rows
 from .squad import answers, exact_match_and_f1
 
-LABEL_COLUMNS = ("label", "labels", "score", "similarity_score")
 MASKED_SHARE = 0.15  # of the tokens, as in BERT's training
 
 
@@ -72,16 +71,11 @@ def measure(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, d
         raise ValueError(f"{type(model).__name__} cannot be measured; known are models for {', '.join(_MEASURES)}.")
     with quiet(model), torch.inference_mode():
         metrics, embeddings, example = _MEASURES[task](model, tokenizer, data)
-        seconds = latency(model, example)
+        inputs = _to(example, model)
+        seconds = median_time(lambda: model(**inputs), device_of(model)) / 1e9
     parameters, length = sum(parameter.numel() for parameter in model.parameters()), example["input_ids"].shape[1]
     macs = model_cost(model, "macs", length) if model.config.model_type in FAMILIES else None
     return Measured(task, metrics, parameters, macs, seconds, length, embeddings)
-
-
-def task_of(model: Any) -> str:
-    """The Hub's name for what the model's head does."""
-    name = type(model).__name__
-    return next((task for head, task in TASK_OF_HEAD.items() if head in name), "feature-extraction")
 
 
 def perplexity(model: Any, batches: Batches) -> float:
@@ -154,18 +148,6 @@ def cosine(first: Tensor, second: Tensor) -> float:
     return float(torch.nn.functional.cosine_similarity(first.double(), second.double()).mean())
 
 
-def latency(model: Any, example: dict[str, Tensor], runs: int = 10) -> float:
-    """Median seconds of a forward pass over one example, [1, length], after two that do not count."""
-    inputs, device, times = _to(example, model), device_of(model), []
-    for _ in range(runs + 2):
-        start = time.perf_counter()
-        model(**inputs)
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        times.append(time.perf_counter() - start)
-    return statistics.median(times[2:])
-
-
 def _causal(model: Any, tokenizer: Any, data: Data) -> Any:
     batches = _batches(model, tokenizer, data, causal=True)
     return {"perplexity": perplexity(model, batches)}, None, _first(batches.items)
@@ -181,7 +163,7 @@ def _classification(model: Any, tokenizer: Any, data: Data) -> Any:
     batches = _encoded(model, tokenizer, texts, data.config)
     num_labels = model.config.num_labels
     if num_labels > 1:
-        labels = _class_ids(found, names, model.config)
+        labels = torch.tensor(class_ids(found, names, model.config))
     logits = torch.cat([model(**_to(batch, model)).logits.float().cpu() for batch in tqdm(batches, desc="Classifying")])
     if num_labels == 1:
         return correlations(logits[:, 0].tolist(), [float(label) for label in found]), None, _first(batches)
@@ -246,23 +228,6 @@ def _labelled(data: Data) -> tuple[list[tuple[str, ...]], list[Any], list[str] |
         [row[label] for row in rows],
         getattr(features.get(label), "names", None),
     )
-
-
-def _class_ids(labels: Sequence[Any], names: Sequence[str] | None, config: Any) -> Tensor:
-    """The model's class of each label: by name where both sides have the same names, else by number."""
-    known = {str(name).lower(): int(i) for name, i in config.label2id.items()}
-    if names is not None and {name.lower() for name in names} == set(known):  # maybe in another order (MNLI's are)
-        labels = [names[label] if 0 <= label < len(names) else label for label in labels]
-    ids: list[Any] = [known.get(label.lower(), label) if isinstance(label, str) else label for label in labels]
-    ids = [int(label) if isinstance(label, float) and label.is_integer() else label for label in ids]
-    wrong = [label for label in ids if type(label) not in (int, bool) or not 0 <= label < config.num_labels]
-    if wrong:
-        hint = " A test split without labels has -1." if wrong[0] == -1 else ""
-        raise ValueError(
-            f"{len(wrong)} of {len(ids)} labels are none of the model's classes, {wrong[0]!r} for one; the model has "
-            f"{config.num_labels}: {', '.join(config.label2id)}.{hint}"
-        )
-    return torch.tensor([int(label) for label in ids])
 
 
 def _encoded(model: Any, tokenizer: Any, texts: Sequence[tuple[str, ...]], config: PruningConfig) -> list[dict[str, Tensor]]:

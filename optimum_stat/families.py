@@ -24,6 +24,8 @@ class Family:
     down: str
     head_counts: tuple[str, ...] = ()  # integer attributes that hold the number of query heads ...
     head_widths: tuple[str, ...] = ()  # ... or that number times the head's width
+    norms: tuple[str, str] | None = None
+    """What reads the residual stream before attention and before the MLP; None: their first linears do, the norms come after."""
     causal: bool = False
     per_layer_config: tuple[str, str, str] | None = None
     """The config's names for (query heads, key/value heads, neurons), where transformers accepts them layer by layer."""
@@ -44,6 +46,7 @@ _LLAMA = Family(
     attention_out="self_attn.o_proj",
     up=("mlp.gate_proj", "mlp.up_proj"),
     down="mlp.down_proj",
+    norms=("input_layernorm", "post_attention_layernorm"),
     causal=True,
     per_layer_config=("num_attention_heads", "num_key_value_heads", "intermediate_size"),
 )
@@ -67,6 +70,7 @@ FAMILIES: dict[str, Family] = {
         down="mlp.c_proj",
         head_counts=("attn.num_heads",),
         head_widths=("attn.split_size",),
+        norms=("ln_1", "ln_2"),
         causal=True,
     ),
     "llama": _LLAMA,
@@ -78,12 +82,22 @@ FAMILIES: dict[str, Family] = {
         up=("fc1",),
         down="fc2",
         head_counts=("self_attn.num_heads",),
+        norms=("self_attn_layer_norm", "final_layer_norm"),
         per_layer_config=None,
     ),
     "qwen2": _LLAMA,
     "qwen3": _LLAMA,
     "roberta": _BERT,
 }
+TASK_OF_HEAD = {
+    "CausalLM": "text-generation",
+    "LMHeadModel": "text-generation",
+    "MaskedLM": "fill-mask",
+    "SequenceClassification": "text-classification",
+    "TokenClassification": "token-classification",
+    "QuestionAnswering": "question-answering",
+}
+"""What stands in the class name of a model with a head, and the Hub's name for what that head does."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -107,6 +121,8 @@ class Group:
     producers: tuple[Producer, ...]
     consumer: nn.Module
     units: int
+    stream: nn.Module
+    """What reads the residual stream to which the consumer's output is added."""
     counts: tuple[tuple[nn.Module, str, int], ...] = ()  # (module, integer attribute, what one unit adds to it)
     query_heads: int = 1  # query heads in one unit
 
@@ -122,10 +138,15 @@ def find_groups(model: Any) -> list[Group]:
     Raises:
         ValueError: the family is not known, or the model is not built the way the family's entry says.
     """
-    family, groups = family_of(model), []
-    for index, block in enumerate(find_blocks(model)):
-        groups += [_heads(family, index, block, head_dim(model.config)), _neurons(family, index, block)]
-    return groups
+    return [group for index, block in enumerate(find_blocks(model)) for group in groups_of_block(model, index, block)]
+
+
+def groups_of_block(model: Any, index: int, block: nn.Module) -> list[Group]:
+    """Heads and neurons of one block, which is block `index` of `model` or a copy of it."""
+    family = family_of(model)
+    if not getattr(model.config, "do_layer_norm_before", True):
+        family = replace(family, norms=None)
+    return [_heads(family, index, block, head_dim(model.config)), _neurons(family, index, block)]
 
 
 def find_blocks(model: Any) -> nn.ModuleList:
@@ -153,6 +174,16 @@ def family_of(model: Any) -> Family:
             f"If the model is built like one of these, add an entry to FAMILIES in {__name__}."
         )
     return FAMILIES[kind]
+
+
+def task_of(model: Any) -> str:
+    """The Hub's name for what the model's head does; "feature-extraction" if it has none."""
+    return task_of_class(type(model).__name__)
+
+
+def task_of_class(name: str) -> str:
+    """The same, from the name of the model's class."""
+    return next((task for head, task in TASK_OF_HEAD.items() if head in name), "feature-extraction")
 
 
 def is_causal(model: Any) -> bool:
@@ -187,13 +218,15 @@ def _heads(family: Family, index: int, block: nn.Module, head_width: int) -> Gro
     query_heads = weight(consumer).shape[1] // head_width // units
     counts = _counts(block, family.head_counts, query_heads) + _counts(block, family.head_widths, query_heads * head_width)
     producers = tuple(Producer(linear, parts) for linear in linears)
-    return Group(f"{index}.heads", index, "heads", producers, consumer, units, counts, query_heads)
+    stream = block.get_submodule(family.norms[0]) if family.norms else linears[0]
+    return Group(f"{index}.heads", index, "heads", producers, consumer, units, stream, counts, query_heads)
 
 
 def _neurons(family: Family, index: int, block: nn.Module) -> Group:
     consumer = block.get_submodule(family.down)
     producers = tuple(Producer(block.get_submodule(path)) for path in family.up)
-    return Group(f"{index}.neurons", index, "neurons", producers, consumer, weight(consumer).shape[1])
+    stream = block.get_submodule(family.norms[1]) if family.norms else producers[0].linear
+    return Group(f"{index}.neurons", index, "neurons", producers, consumer, weight(consumer).shape[1], stream)
 
 
 def _counts(block: nn.Module, paths: Sequence[str], per_unit: int) -> tuple[tuple[nn.Module, str, int], ...]:

@@ -16,6 +16,7 @@ from transformers.utils.logging import tqdm
 
 from .data import Batches
 from .families import Group, weight
+from .labels import loss_gradients
 
 Visit = Callable[[Group, Tensor], Tensor | None]
 FISHER_TOKENS = 2048  # a diagonal has one number a channel: it needs far fewer tokens than a Gram matrix
@@ -102,14 +103,52 @@ def output_fisher(model: nn.Module, groups: list[Group], batches: Batches, seed:
 
 
 def _some_examples(batches: Batches) -> list[dict[str, Tensor]]:
-    """About FISHER_TOKENS tokens, spread evenly over the data, in small parts: backward passes need memory."""
-    parts = []
-    for batch in batches:
-        count, length = batch["input_ids"].shape
-        for rows in torch.split(torch.arange(count), max(1, 512 // length)):
-            parts.append({name: value[rows] for name, value in batch.items()})
+    """About FISHER_TOKENS tokens, spread evenly over the data."""
+    parts = [inputs for inputs, _ in _small_parts(batches)]
     stride = max(1, batches.num_tokens // FISHER_TOKENS)
     return parts[min(stride, len(parts)) // 2 :: stride]
+
+
+def _small_parts(batches: Batches) -> Iterator[tuple[dict[str, Tensor], dict[str, Tensor] | None]]:
+    """Inputs and labels of all examples, in their order, at most 512 tokens at a time: backward passes need memory."""
+    for batch, labels in zip(batches, batches.labels or [None] * len(batches), strict=True):
+        count, length = batch["input_ids"].shape
+        for rows in torch.split(torch.arange(count), max(1, 512 // length)):
+            own = None if labels is None else {name: value[rows] for name, value in labels.items()}
+            yield {name: value[rows] for name, value in batch.items()}, own
+
+
+def mask_gradients(model: nn.Module, groups: list[Group], batches: Batches, seed: int, *, from_labels: bool) -> dict[str, Tensor]:
+    """Gradient of each example's loss with respect to a factor on each unit, at 1: [examples, units], float64, on the CPU.
+
+    With z what the consumer reads, that is `sum z * dL/dz` over the example's tokens and the unit's columns. The loss is
+    the negative log-likelihood of the labels (of the next tokens, for causal language models), summed over the example; or,
+    not `from_labels`, of the model's own predictions: a gradient drawn as `output_fisher` draws it, whose covariance is the
+    exact Fisher information of the output. One forward and one backward pass over all data, without gradients of weights.
+    Call it inside `quiet(model)`.
+    Source: 2204.09656, section 4.2, where the factor multiplies a head's attention probabilities: the same derivative.
+    """
+    generators = [torch.Generator().manual_seed(seed + output) for output in range(2)]
+    found: dict[str, list[Tensor]] = {group.name: [] for group in groups}
+    mask = torch.empty(0)
+
+    def add(group: Group, z: Tensor, gradient: Tensor) -> None:
+        units = (z * gradient).view(*mask.shape, group.units, group.width).double().sum((1, 3))
+        found[group.name].append(units.cpu())
+
+    def watch(group: Group, z: Tensor) -> None:
+        z.register_hook(partial(add, group, z.detach()))  # type: ignore[no-untyped-call]
+
+    with torch.enable_grad(), on_consumer_input(groups, watch), _differentiable_embeddings(model):
+        for inputs, labels in tqdm(list(_small_parts(batches)), desc="Gradients", unit="batch"):
+            inputs = {name: value.to(device_of(model)) for name, value in inputs.items()}
+            mask = inputs["attention_mask"]
+            output = model(**inputs)
+            if from_labels:
+                torch.autograd.backward(*loss_gradients(model, output, inputs, labels))
+            else:
+                torch.autograd.backward(*_drawn_gradients(output, mask, generators))
+    return {name: torch.cat(parts) for name, parts in found.items()}
 
 
 def _drawn_gradients(output: Any, mask: Tensor, generators: list[torch.Generator]) -> tuple[list[Tensor], list[Tensor]]:

@@ -17,7 +17,9 @@ from .budget import Ranking, allocate, model_cost, options, unit_cost
 from .card import Paper
 from .config import PruningConfig
 from .data import Batches, make_batches
-from .families import Group, check_finite, find_groups, is_causal
+from .families import Group, check_finite, find_groups, is_causal, task_of
+from .knapsack import allocate_exactly
+from .latency import LatencyTable, latency_table
 from .probes import device_of, quiet
 from .report import Cost, GroupReport, PruningReport, Stage, timed
 from .slicing import Plan, restored_on_error, slice_model
@@ -40,6 +42,11 @@ class Pruner(ABC, Generic[C]):
     """What it implements; goes into the model card."""
     config_class: ClassVar[type[PruningConfig]]
 
+    @property
+    def labels(self) -> str:
+        """What the method does with labels: "none", "auto" (it uses those that the data has), or "data" (it needs them)."""
+        return "none"
+
     def __init__(
         self,
         model: PreTrainedModel,
@@ -60,6 +67,7 @@ class Pruner(ABC, Generic[C]):
         self.config, self.tokenizer, self.source = config, tokenizer, source
         self.metrics: list[dict[str, Any]] = []
         self._report: PruningReport | None = None
+        self._latency: LatencyTable | None = None
         self._guard = restored_on_error if caller_holds_model else self._lost_on_error
 
     @classmethod
@@ -83,20 +91,22 @@ class Pruner(ABC, Generic[C]):
         return cls(model, config if config is not None else cls.config_class(), tokenizer, source, caller_holds_model=live)
 
     @final
-    def prune(self, dataset: Any, *, text_columns: Sequence[str] | None = None) -> PreTrainedModel:
+    def prune(
+        self, dataset: Any, *, text_columns: Sequence[str] | None = None, label_column: str | None = None
+    ) -> PreTrainedModel:
         """Prune the model in place and return it.
 
         dataset: a `datasets.Dataset` (raw text or tokenized), a list of strings, pairs or dicts, or ready batches.
+        text_columns, label_column: where its texts and labels stand, if not under one of the usual names.
         If anything goes wrong, a model that was handed in live is as it was before, bit for bit.
         """
-        model, config = self.model, self.config
+        model = self.model
         check_finite(model)
-        batches = make_batches(
-            dataset, model.config, config, causal=is_causal(model), tokenizer=self.tokenizer, text_columns=text_columns
-        )
+        batches = self._read(dataset, text_columns, label_column)
         dense, stages = self._cost(batches), dict[str, Stage]()
         groups = find_groups(model)
-        limit = self._limit(groups, batches)
+        self._latency = self._measured_latency(batches, stages) if self.config.budget == "latency" else None
+        limit = self.limit(groups, batches, self.config.keep)
         # a caller's inference_mode would make the new weights unfit for training, and forbid the Fisher pass
         with torch.inference_mode(False), quiet(model), self._guard(model):
             with timed(stages, "measure", device_of(model)):
@@ -122,9 +132,8 @@ class Pruner(ABC, Generic[C]):
 
     def allocate(self, groups: list[Group], ranking: Ranking, limit: float, batches: Batches) -> dict[str, int]:
         """How many units each group keeps. `limit` is what all kept units may cost together."""
-        costs = self.unit_costs(groups, batches)
-        sizes = {group.name: options(group, self.config.round_to) for group in groups}
-        return allocate(ranking.error, costs, sizes, limit)
+        solve = allocate if self.latency is None else allocate_exactly  # measured times have steps
+        return solve(ranking.error, *self.choices(groups, batches), limit)
 
     def select(self, ranking: Ranking, kept: Mapping[str, int]) -> Plan:
         """Which units each group keeps: the first of its order, in their old order."""
@@ -132,6 +141,11 @@ class Pruner(ABC, Generic[C]):
 
     def repair(self, groups: list[Group], plan: Plan, batches: Batches) -> None:
         """Correct the weights that stay. May slice blocks itself where later statistics have to see them small."""
+
+    @property
+    def latency(self) -> LatencyTable | None:
+        """The measured times that a latency budget is about; None under other budgets."""
+        return self._latency
 
     @property
     def model(self) -> PreTrainedModel:
@@ -170,21 +184,57 @@ class Pruner(ABC, Generic[C]):
             self._model = None
             raise
 
-    def _limit(self, groups: list[Group], batches: Batches) -> float:
-        """What the kept units may cost together: the asked share of the blocks, less what no plan can remove."""
-        total = model_cost(self.model, self.config.budget, batches.seq_len)
-        costs = self.unit_costs(groups, batches)
-        units = {group.name: group.units * costs[group.name] for group in groups}
-        smallest = sum(options(group, self.config.round_to)[0] * costs[group.name] for group in groups)
-        fixed = total - sum(units.values())
-        limit = self.config.keep * total - fixed
-        if limit < smallest:
+    def _read(self, dataset: Any, text_columns: Sequence[str] | None, label_column: str | None) -> Batches:
+        model, use = self.model, self.labels
+        if use == "none" and label_column is not None:
+            raise ValueError(f"label_column={label_column!r} asked, but {self.method} with this config reads no labels.")
+        return make_batches(
+            dataset,
+            model.config,
+            self.config,
+            causal=is_causal(model) and task_of(model) in ("text-generation", "feature-extraction"),
+            tokenizer=self.tokenizer,
+            text_columns=text_columns,
+            labels_for=None if use == "none" else model,
+            label_column=label_column,
+            labels_needed=use == "data",
+        )
+
+    def limit(self, groups: list[Group], batches: Batches, keep: float) -> float:
+        """What the kept units may cost together: the share `keep` of the blocks, less what no plan can remove.
+
+        Raises:
+            ValueError: the smallest plan there is costs more.
+        """
+        costs, sizes = self.choices(groups, batches)
+        budget, table = self.config.budget, self.latency
+        total = model_cost(self.model, budget, batches.seq_len) if table is None else table.total
+        fixed = total - sum(own[-1] for own in costs.values())
+        least = fixed + sum(min(own) for own in costs.values())
+        if keep * total < least:
+            what = f"{total:,} {budget}" if table is None else f"{total / 1e6:.3f} ms on {table.device}"
+            neurons = max(sizes[group.name][0] for group in groups if group.structure == "neurons")
             raise ValueError(
-                f"keep={self.config.keep} of {total:,} {self.config.budget} asked, but one head and "
-                f"{self.config.round_to} neurons in every block already make {(smallest + fixed) / total:.4f}. "
-                "Keep more, or lower round_to."
+                f"keep={keep} of {what} asked, but one head and {neurons} neurons in every block "
+                f"already make {least / total:.4f}. Keep more, or lower round_to."
             )
-        return limit
+        return keep * total - fixed
+
+    def choices(self, groups: list[Group], batches: Batches) -> tuple[dict[str, list[int]], dict[str, list[int]]]:
+        """What each group may keep: the costs, in the budget's currency, of all sizes to choose from, and these sizes.
+
+        Under a latency budget only sizes that were timed; what costs nothing there is in `limit`.
+        """
+        if self.latency is not None:
+            return self.latency.costs(), {name: list(own) for name, own in self.latency.sizes.items()}
+        sizes = {group.name: options(group, self.config.round_to) for group in groups}
+        costs = self.unit_costs(groups, batches)
+        return {name: [costs[name] * size for size in own] for name, own in sizes.items()}, sizes
+
+    def _measured_latency(self, batches: Batches, stages: dict[str, Stage]) -> LatencyTable:
+        config = self.config
+        with quiet(self.model), timed(stages, "latency", device_of(self.model)):
+            return latency_table(self.model, config.round_to, config.latency_batch_size, batches.seq_len, config.latency_table)
 
     def unit_costs(self, groups: list[Group], batches: Batches) -> dict[str, int]:
         """What one unit of each group costs in the budget's currency."""
@@ -204,7 +254,10 @@ class Pruner(ABC, Generic[C]):
         dense: Cost,
         stages: dict[str, Stage],
     ) -> PruningReport:
-        pruned, budget = self._cost(batches), f"block_{self.config.budget}"
+        pruned, budget, latency = self._cost(batches), f"block_{self.config.budget}", None
+        if self.latency is not None:
+            with quiet(self.model):
+                latency = self.latency.compare(self.model, self.config.keep, kept)
         lines = []
         for g in groups:
             curve = ranking.error[g.name]
@@ -214,7 +267,7 @@ class Pruner(ABC, Generic[C]):
             method=self.method,
             keep=self.config.keep,
             budget=self.config.budget,
-            reached=getattr(pruned, budget) / getattr(dense, budget),
+            reached=latency.predicted / latency.dense if latency else getattr(pruned, budget) / getattr(dense, budget),
             seq_len=batches.seq_len,
             num_tokens=batches.num_tokens,
             num_examples=batches.num_examples,
@@ -224,6 +277,7 @@ class Pruner(ABC, Generic[C]):
             pruned=pruned,
             groups=tuple(lines),
             stages=stages,
+            latency=latency,
         )
 
 

@@ -12,6 +12,8 @@ from typing import Any
 
 import torch
 
+from .latency import Latency
+
 
 @dataclass(frozen=True)
 class GroupReport:
@@ -60,6 +62,7 @@ class PruningReport:
     pruned: Cost
     groups: tuple[GroupReport, ...]
     stages: dict[str, Stage] = field(default_factory=dict)
+    latency: Latency | None = None
 
     @property
     def tokens_per_unit(self) -> float:
@@ -72,14 +75,21 @@ class PruningReport:
         return {**dataclasses.asdict(self), "tokens_per_unit": round(self.tokens_per_unit, 1)}
 
     def __str__(self) -> str:
+        of = "the model's" if self.budget == "latency" else "the blocks'"
         lines = [
-            f"{self.method}: {self.reached:.1%} of the blocks' {self.budget} kept ({self.keep:.1%} asked), "
+            f"{self.method}: {self.reached:.1%} of {of} {self.budget} kept ({self.keep:.1%} asked), "
             f"{self.num_tokens:,} tokens of {self.data}",
             f"{'group':<14}{'units':>8}{'kept':>8}{'share':>8}{'error':>9}",
         ]
         for group in self.groups:
             share = group.kept / group.units
             lines.append(f"{group.name:<14}{group.units:>8}{group.kept:>8}{share:>8.0%}{group.error:>9.2%}")
+        if self.latency is not None:
+            own = self.latency
+            lines.append(
+                f"ms for {own.batch_size} x {self.seq_len} tokens on {own.device}: {own.dense:.2f} dense, {own.asked:.2f} asked, "
+                f"{own.predicted:.2f} predicted, {own.measured:.2f} measured"
+            )
         for name, stage in self.stages.items():
             peak = "" if stage.peak_bytes is None else f", {stage.peak_bytes / 2**20:,.0f} MiB more than before"
             lines.append(f"{name}: {stage.seconds:.1f} s{peak}")

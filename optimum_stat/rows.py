@@ -7,8 +7,10 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
-from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict, Value
+from datasets import ClassLabel, Dataset, DatasetDict, IterableDataset, IterableDatasetDict, Value
 from torch import Tensor
+
+from .labels import Labels, find_labels
 
 PAIRS = "sentence1 sentence2, premise hypothesis, question1 question2, text_a text_b, question sentence, question context"
 SINGLES = "sentence, content, document"
@@ -19,11 +21,24 @@ batches (mappings whose input_ids is a tensor [examples, length])."""
 
 
 class Rows:
-    """The rows of whatever was passed, each a tuple of texts or a dict of tensors; counts what it reads."""
+    """The rows of whatever was passed, each a tuple of texts or a dict of tensors; counts what it reads.
 
-    def __init__(self, dataset: Any, text_columns: Sequence[str] | None, batch_size: int) -> None:
+    With `labels_for`, a model, the labels that it can use are read too, where there are some: see `with_labels`.
+    """
+
+    def __init__(
+        self,
+        dataset: Any,
+        text_columns: Sequence[str] | None,
+        batch_size: int,
+        labels_for: Any = None,
+        label_column: str | None = None,
+    ) -> None:
         self.read, self.kind, self.name = 0, "", ""
         self.columns: tuple[str, ...] = ()
+        self.all_columns: tuple[str, ...] = ()
+        self.labels: Labels | None = None
+        names: dict[str, Sequence[str]] = {}
         self._asked = (text_columns,) if isinstance(text_columns, str) else tuple(text_columns or ())
         if isinstance(dataset, (Dataset, IterableDataset)):
             info, split = dataset.info, dataset.split and f"split {dataset.split}"
@@ -31,8 +46,11 @@ class Rows:
             self.name = ", ".join(part for part in name if part and part != "default")
             if dataset.features and (isinstance(dataset, IterableDataset) or len(dataset)):  # unknown for some streams
                 types = {k: f.dtype if isinstance(f, Value) else type(f).__name__ for k, f in dataset.features.items()}
-                self.columns = _input_columns(types, self._asked)
-                dataset = dataset.select_columns(list(self.columns))  # images beside the text are not decoded
+                self.columns, self.all_columns = _input_columns(types, self._asked), tuple(types)
+                names = {k: f.names for k, f in dataset.features.items() if isinstance(f, ClassLabel)}
+                self.labels = labels_for and find_labels(labels_for, self.all_columns, names, label_column)
+                wanted = {*self.columns, *(self.labels.columns if self.labels else ())}
+                dataset = dataset.select_columns([k for k in types if k in wanted])  # images beside the text are not decoded
         elif isinstance(dataset, Tensor):
             self.name = f"tensor of {' x '.join(map(str, dataset.shape))} token ids"
         rows = iter(_collection(dataset, batch_size))
@@ -40,15 +58,24 @@ class Rows:
             head = next(rows)
         except StopIteration:
             raise ValueError("The dataset is empty: it has no rows. Pass at least one example.") from None
+        if not self.all_columns:
+            self.all_columns = tuple(head) if isinstance(head, Mapping) else ()
+            self.labels = labels_for and find_labels(labels_for, self.all_columns, names, label_column)
         self._rows, self.kind = itertools.chain([head], rows), _kind(self._convert(head))
 
     def __iter__(self) -> Iterator[Any]:
+        return (row for row, _ in self.with_labels())
+
+    def with_labels(self) -> Iterator[tuple[Any, dict[str, Tensor]]]:
+        """Every row and its labels; no labels if none are read, or if they stand among the row's tensors (one a token)."""
         for row in self._rows:
             converted = self._convert(row)
             if _kind(converted) != self.kind:
                 raise ValueError(f"Row {self.read} is of another kind ({_kind(converted)}) than row 0 ({self.kind}).")
+            apart = self.labels is not None and not self.labels.per_token
+            labels = self.labels.read(row, f"Row {self.read}") if self.labels and apart else {}
             self.read += 1
-            yield converted
+            yield converted, labels
 
     def source(self) -> str:
         """One line on what was read."""
@@ -63,7 +90,15 @@ class Rows:
             return tuple(texts)
         row = row if isinstance(row, Mapping) else {"input_ids": row}
         self.columns = self.columns or _input_columns({k: type(v).__name__ for k, v in row.items()}, self._asked)
-        return (tensors if "input_ids" in self.columns else _texts)(row, self.columns, f"Row {self.read}")
+        if "input_ids" not in self.columns:
+            return _texts(row, self.columns, f"Row {self.read}")
+        if self.labels is None or not self.labels.per_token:
+            return tensors(row, self.columns, f"Row {self.read}")
+        (column,) = self.labels.columns
+        result = tensors(row, (*self.columns, column), f"Row {self.read}")
+        result["labels"] = result.pop(column)
+        self.labels.check_tokens(result["labels"], f"Row {self.read}")
+        return result
 
 
 def _input_columns(types: Mapping[str, str], asked: tuple[str, ...]) -> tuple[str, ...]:

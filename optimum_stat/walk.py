@@ -41,7 +41,7 @@ class BlockWalk:
         device = device_of(model)
         for batch in batches:
             inputs = {name: value.to(device) for name, value in batch.items()}
-            calls = _record_calls(model, self.blocks, inputs)
+            calls = record_calls(model, self.blocks, inputs)
             self.masks.append(inputs["attention_mask"])
             self.hidden.append(_hidden(calls[0]))
             self._calls.append([_without_hidden(call) for call in calls])
@@ -105,7 +105,7 @@ class BlockWalk:
         return float((1 / energy.clamp_min(torch.finfo(torch.float32).tiny)).mean())
 
 
-def _record_calls(model: nn.Module, blocks: nn.ModuleList, inputs: dict[str, Tensor]) -> list[Call]:
+def record_calls(model: nn.Module, blocks: nn.ModuleList, inputs: dict[str, Tensor]) -> list[Call]:
     """How the model calls each of its blocks on this batch; no block is run."""
     calls: list[Call] = []
 

@@ -13,7 +13,8 @@ from tiny import DECODERS, ENCODERS, SIZES, tiny
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from optimum_stat.budget import allocate, attended_pairs, model_cost, options, unit_cost
+from optimum_stat import budget
+from optimum_stat.budget import attended_pairs, model_cost, options, unit_cost
 from optimum_stat.families import Group, find_blocks, find_groups
 from optimum_stat.slicing import slice_model
 
@@ -101,6 +102,11 @@ def test_options() -> None:
     assert options(neurons, 11) == [11, 22, 33, 44]
     assert options(neurons, 64) == options(neurons, 44) == [44]
     assert options(neurons, 1) == list(range(1, 45))
+
+
+def allocate(error: dict[str, Tensor], unit_costs: dict[str, int], sizes: dict[str, list[int]], limit: float) -> dict[str, int]:
+    """Every unit of a group costs the same."""
+    return budget.allocate(error, {name: [unit_costs[name] * k for k in sizes[name]] for name in sizes}, sizes, limit)
 
 
 Problem = tuple[dict[str, Tensor], dict[str, int], dict[str, list[int]]]

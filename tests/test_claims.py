@@ -284,7 +284,9 @@ def test_the_published_division_of_the_budget() -> None:
             for structure, units in (("heads", h), ("neurons", m))
         }
         tails = [[*np.sqrt(np.cumsum(np.square(curve[::-1]))[::-1]), 0.0] for curve in error["neurons"]]
-        groups = [Group(f"{i}.{s}", i, s, (), nn.Identity(), len(error[s][0])) for i in range(blocks) for s in error]
+        groups = [
+            Group(f"{i}.{s}", i, s, (), nn.Identity(), len(error[s][0]), nn.Identity()) for i in range(blocks) for s in error
+        ]
         curves = {group.name: torch.tensor([*error[group.structure][group.block], 0.0]) for group in groups}
         costs = {group.name: HEAD_COST if group.structure == "heads" else NEURON_COST for group in groups}
         limit = random.uniform(0.45, 0.95) * sum(costs[group.name] * group.units for group in groups)

@@ -28,7 +28,7 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
-from optimum_stat import command_options
+from optimum_stat import STATConfig, command_options
 from optimum_stat.commands import main
 from optimum_stat.config import PruningConfig
 from optimum_stat.methods import METHODS
@@ -167,7 +167,7 @@ def test_options_reach_the_configuration(folders: dict[str, str], tmp_path: Path
     main(["prune", str(tmp_path / "out"), "-m", folders["encoder"], "--dtype", "float64", *options])
     out, err = capsys.readouterr()
     recipe = json.loads((tmp_path / "out" / "stat_recipe.json").read_text())
-    paper = METHODS[0].config_class.paper().to_dict()
+    paper = STATConfig.paper().to_dict()
     changed = {"keep": 0.75, "budget": "params", "num_tokens": 700, "seq_len": 32, "batch_size": 3}
     assert recipe["config"] == {**paper, **changed}
     assert json.loads((tmp_path / "out" / "config.json").read_text())["dtype"] == "float64"

@@ -16,7 +16,8 @@ from optimum_stat.families import FAMILIES
 PACKAGE = Path(optimum_stat.__file__).parent
 LAYERS = (
     {"linalg", "families", "config", "autoload"},
-    {"rows", "data", "probes", "walk", "budget", "slicing", "structure"},
+    {"labels"},
+    {"rows", "data", "probes", "walk", "budget", "knapsack", "slicing", "structure", "latency"},
     {"card", "report", "remote_code", "checkpoint"},
     {"pruner"},
     {"methods"},
@@ -106,7 +107,7 @@ def test_the_reader_of_imports_finds_them():
     assert {"budget", "card", "config", "methods.stat_published", "walk"} <= found
     assert {name for name, _ in own_imports("pruner.py")} >= {"checkpoint", "structure", "slicing"}
     assert "pruner" not in {name for name, _ in own_imports("checkpoint.py")}  # for types only
-    assert {name for name, _ in own_imports("data.py")} == {"config", "rows"}
+    assert {name for name, _ in own_imports("data.py")} == {"config", "families", "labels", "rows"}
 
 
 @pytest.mark.parametrize("source", [source for source in SOURCES if room(source) not in FREE])

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from ..pruner import Pruner
+from .fisher import FisherPruner
 from .stat import STATPruner
 
-METHODS: tuple[type[Pruner[Any]], ...] = (STATPruner,)
+METHODS: tuple[type[Pruner[Any]], ...] = (FisherPruner, STATPruner)

@@ -45,6 +45,10 @@ class STATConfig(PruningConfig):
         PruningConfig.__post_init__(self)
         if self.metric not in METRICS:
             raise ValueError(f"metric={self.metric!r} asked; it must be one of {', '.join(map(repr, METRICS))}.")
+        if self.published and self.budget == "latency":
+            raise ValueError(
+                "budget='latency' asked of the published algorithm, which only divides params or macs: ask for macs."
+            )
         if not 0 <= self.ridge < 1:
             raise ValueError(f"ridge={self.ridge} asked; it is relative to a diagonal and must lie in [0, 1).")
 

@@ -1,0 +1,188 @@
+"""Kwon et al. (2204.09656): the Fisher information of masks chooses heads and neurons; least squares scales what stays."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import ClassVar, final
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from ..budget import Ranking
+from ..card import Paper
+from ..config import PruningConfig
+from ..data import Batches
+from ..families import Group, task_of
+from ..knapsack import allocate_exactly
+from ..probes import mask_gradients
+from ..pruner import Pruner
+from ..slicing import Plan
+from . import fisher_tuning
+
+LABELS = ("auto", "data", "model")
+
+
+@dataclass(frozen=True)
+class FisherConfig(PruningConfig):
+    """The best recipe measured within the method; `FisherConfig.paper()` is the published algorithm."""
+
+    labels: str = "auto"
+    """Whose loss the gradients are of: "data", the task's labels (for causal language models the next tokens); "model",
+    labels drawn from the model's own predictions, so the data needs none; "auto", the data's where there are some."""
+    per_example: bool = True
+    """One gradient an example. Off: the mean of each batch, as published; squares of means see less of what differs."""
+    rearrange: bool = True
+    """Exchange units within each layer by the whole Fisher matrix of the layer, not its diagonal alone."""
+    tune: bool = True
+    """Scale the heads and neurons that stay, layer by layer, towards a larger pruned network."""
+    ridge: float = 0.01
+    """Damping of the tuning's least squares, relative to the diagonal of its matrix, towards scales of 1."""
+    published: bool = False
+    """The published tuning instead of ours; set by `paper()`."""
+
+    def __post_init__(self) -> None:
+        """Refuse values that no run could honour."""
+        PruningConfig.__post_init__(self)
+        if self.labels not in LABELS:
+            raise ValueError(f"labels={self.labels!r} asked; it must be one of {', '.join(map(repr, LABELS))}.")
+        if not 0 <= self.ridge < 1:
+            raise ValueError(f"ridge={self.ridge} asked; it is relative to a diagonal and must lie in [0, 1).")
+
+    @classmethod
+    def paper(cls, keep: float = 0.5, budget: str = "macs") -> FisherConfig:
+        """The published algorithm: 2,048 labelled examples in batches of 32, squares of the batches' mean gradients."""
+        return cls(
+            keep=keep,
+            budget=budget,
+            round_to=1,
+            num_tokens=None,
+            max_examples=2048,
+            batch_size=32,
+            labels="data",
+            per_example=False,
+            published=True,
+        )
+
+
+@dataclass(frozen=True)
+class FisherRanking(Ranking):
+    """`error[g][k]` is the sum of the diagonal Fisher information of the units that go."""
+
+    gradients: Mapping[str, Tensor]
+    """Group name -> gradients of the mask, one row an example or batch: [examples, units]."""
+
+
+@final
+class FisherPruner(Pruner[FisherConfig]):
+    """Mask search, rearrangement and tuning, without retraining.
+
+    Removing the units Z changes the loss by about `sum_i (sum_{u in Z} g_iu)^2 / 2`, g_i the gradient of example i with
+    respect to factors on the units: the Fisher information of masks stands for the Hessian. Search: the diagonal alone,
+    exactly, under the budget. Rearrangement: within each layer, with the whole matrix. Tuning: layer by layer, each unit that
+    stays gets the factor that brings the residual stream closest to that of a network pruned half as far (see `fisher_tuning`);
+    folded into the consumer's weights, so nothing is left of the masks.
+
+    Differences from the source: per-example gradients and a ridge by default; one unit is one key/value head with its
+    query heads; an exact knapsack, with at least one head and `round_to` neurons in every block, instead of a search that may
+    leave the budget or empty a layer; latency from a measured table without fitting a line through it.
+    """
+
+    method: ClassVar[str] = "fisher"
+    config_class: ClassVar[type[PruningConfig]] = FisherConfig
+    paper: ClassVar[Paper] = Paper(
+        title="A Fast Post-Training Pruning Framework for Transformers",
+        authors="Woosuk Kwon, Sehoon Kim, Michael W. Mahoney, Joseph Hassoun, Kurt Keutzer, Amir Gholami",
+        year=2022,
+        arxiv="2204.09656",
+    )
+
+    _teacher: Plan
+    """What the network keeps that the tuning takes as its target."""
+
+    @property
+    def labels(self) -> str:
+        """The config's, in the words of `Pruner.labels`."""
+        return "none" if self.config.labels == "model" else self.config.labels
+
+    def measure(self, groups: list[Group], batches: Batches) -> Iterator[tuple[Group, Tensor]]:
+        """Mask gradients, [examples, units], from one forward and one backward pass."""
+        from_labels = self.config.labels == "data" or (self.config.labels == "auto" and _has_loss(self.model, batches))
+        gradients = mask_gradients(self.model, groups, batches, self.config.seed, from_labels=from_labels)
+        for group in groups:
+            own = gradients.pop(group.name)
+            if not torch.isfinite(own).all():
+                raise ValueError(
+                    f"The gradient at {group.name} is NaN or infinite; nothing can be decided from it. "
+                    "Does the model overflow in its dtype? Try dtype=torch.float32 or torch.bfloat16."
+                )
+            if not self.config.per_example:
+                own = torch.stack([part.mean(0) for part in torch.split(own, self.config.batch_size)])
+            yield group, own
+
+    def rank(self, groups: list[Group], stats: Iterable[tuple[Group, Tensor]]) -> FisherRanking:
+        """By the diagonal of the Fisher information, summed over examples or batches."""
+        order, error, gradients = {}, {}, {}
+        for group, own in stats:
+            importance = own.square().sum(0)
+            order[group.name] = importance.argsort(descending=True, stable=True)
+            lost = importance[order[group.name]].flip(0).cumsum(0).flip(0)
+            error[group.name] = torch.cat([lost, lost.new_zeros(1)])
+            gradients[group.name] = own
+        return FisherRanking(order, error, gradients)
+
+    def allocate(self, groups: list[Group], ranking: Ranking, limit: float, batches: Batches) -> dict[str, int]:
+        """The exact optimum of the diagonal objective; and, for the tuning, that of the teacher.
+
+        The teacher keeps the square root of the share: a network half as far pruned is a target that can be reached.
+        Source: the released code (2.0 of the paper's versions compares with the dense network).
+        """
+        choices = self.choices(groups, batches)
+        if self.config.tune:
+            wider = allocate_exactly(ranking.error, *choices, self.limit(groups, batches, self.config.keep**0.5))
+            self._teacher = Pruner.select(self, ranking, wider)
+        return allocate_exactly(ranking.error, *choices, limit)
+
+    def select(self, ranking: Ranking, kept: Mapping[str, int]) -> Plan:
+        """The units of the largest Fisher information, or what exchanging some of them makes of these."""
+        assert isinstance(ranking, FisherRanking)
+        plan = Pruner.select(self, ranking, kept)
+        if not self.config.rearrange:
+            return plan
+        return {name: rearranged(ranking.gradients[name], keep) for name, keep in plan.items()}
+
+    def repair(self, groups: list[Group], plan: Plan, batches: Batches) -> None:
+        """Scale the columns of the consumers' weights that stay."""
+        if self.config.tune and any(len(plan[group.name]) < group.units for group in groups):
+            how = fisher_tuning.Tuning(self.model, groups, batches, self.config.ridge, published=self.config.published)
+            how.run(plan, self._teacher)
+
+
+def _has_loss(model: PreTrainedModel, batches: Batches) -> bool:
+    return batches.labels is not None or task_of(model) == "text-generation"
+
+
+def rearranged(gradients: Tensor, keep: Tensor) -> Tensor:
+    """`keep` [kept] after one pass of exchanges that lower `||sum of the gradients of the units that go||^2`.
+
+    gradients: [examples, units]. From the least important unit that stays to the most important: it joins the units that
+    go, and the one of these whose return leaves the least takes its place. Never worse than
+    before, as that may be the unit itself.
+    Source: 2204.09656, section 4.3, and the released code.
+    """
+    units = gradients.shape[1]
+    gone = torch.ones(units, dtype=torch.bool).index_fill_(0, keep.cpu(), False)
+    if not gone.any() or gone.all():
+        return keep
+    own = gradients.square().sum(0)
+    total = gradients[:, gone].sum(1)
+    for unit in keep[own[keep].argsort(stable=True)].tolist():
+        gone[unit] = True
+        total = total + gradients[:, unit]
+        candidates = gone.nonzero().flatten()
+        # ||total - g_j||^2 = ||total||^2 - 2 total g_j + ||g_j||^2, for all j at once
+        back = int(candidates[(own[candidates] - 2 * (total @ gradients)[candidates]).argmin()])
+        gone[back] = False
+        total = total - gradients[:, back]
+    return (~gone).nonzero().flatten()

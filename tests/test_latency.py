@@ -1,0 +1,231 @@
+"""Latency tables: what is timed, what is remembered, what is predicted, and what is refused."""
+
+from __future__ import annotations
+
+import copy
+import json
+import logging
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny import batches, many, outputs, tiny
+from torch import nn
+
+from optimum_stat import FisherConfig, FisherPruner, STATConfig, STATPruner, latency
+from optimum_stat.families import find_blocks, find_groups
+from optimum_stat.latency import LatencyTable, describe_device, latency_table, measure_table, sizes_to_try
+from optimum_stat.probes import quiet
+
+MS = 1_000_000
+
+
+@pytest.fixture(autouse=True)
+def memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Tables are remembered in the test's own folder."""
+    folder = tmp_path / "latencies"
+    monkeypatch.setattr(latency, "cache_folder", lambda: folder)
+    return folder
+
+
+def slow(model: Any, per_head: float, per_neuron: float, fixed: float) -> Any:
+    """A model whose consumers sleep as long as their input is wide: the times are known, whatever the machine does."""
+
+    def wait(seconds: float, width: int) -> Any:
+        return lambda module, args: time.sleep(seconds * args[0].shape[-1] / width)
+
+    for group in find_groups(model):
+        per_unit = per_head if group.structure == "heads" else per_neuron
+        group.consumer.register_forward_pre_hook(wait(per_unit, group.width))
+    model.get_input_embeddings().register_forward_pre_hook(lambda module, args: time.sleep(fixed))
+    return model
+
+
+@pytest.fixture(scope="module")
+def table() -> LatencyTable:
+    model = slow(tiny("bert"), 0.002, 0.0002, 0.01)
+    with quiet(model):
+        return measure_table(model, 8, 1, 6)
+
+
+def test_a_table_holds_the_times_of_every_size(table: LatencyTable) -> None:
+    full = 4 * 2 + 44 * 0.2  # ms of one block
+    assert table.total / MS == pytest.approx(10 + 2 * full, rel=0.2)
+    for block in range(2):
+        assert table.sizes[f"{block}.heads"] == [1, 2, 3, 4]
+        assert table.sizes[f"{block}.neurons"] == [8, 16, 24, 32, 40, 44]
+        for size, own in zip(table.sizes[f"{block}.heads"], table.times[f"{block}.heads"], strict=True):
+            assert own / MS == pytest.approx(full - 2 * (4 - size), rel=0.15)
+        for size, own in zip(table.sizes[f"{block}.neurons"], table.times[f"{block}.neurons"], strict=True):
+            assert own / MS == pytest.approx(full - 0.2 * (44 - size), rel=0.15)
+    kept = {"0.heads": 1, "0.neurons": 8, "1.heads": 4, "1.neurons": 24}
+    assert table.predicted(kept) / MS == pytest.approx(10 + (2 + 1.6) + (8 + 4.8), rel=0.2)
+    assert table.predicted({name: sizes[-1] for name, sizes in table.sizes.items()}) == table.total
+
+
+def test_costs_are_what_a_size_takes_more_than_the_fastest(table: LatencyTable) -> None:
+    for name, costs in table.costs().items():
+        assert min(costs) == 0
+        assert costs == sorted(costs)
+        assert costs[-1] == table.times[name][-1] - table.times[name][0]
+
+
+def test_timing_changes_nothing() -> None:
+    model = tiny("llama")
+    state = copy.deepcopy(model.state_dict())
+    with quiet(model):
+        measure_table(model, 8, 2, 5)
+    assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
+    assert torch.equal(outputs(model, batches()[0]), outputs(tiny("llama"), batches()[0]))
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+
+
+def test_at_most_32_numbers_of_neurons_are_tried_and_all_are_multiples() -> None:
+    for neurons, round_to in ((1536, 8), (3072, 64), (44, 8), (100, 1), (11008, 8)):
+        model = tiny("bert", num_hidden_layers=1, intermediate_size=neurons)
+        sizes = sizes_to_try(find_groups(model)[1], round_to)
+        assert len(sizes) <= 33
+        assert sizes[-1] == neurons
+        assert all(size % round_to == 0 for size in sizes[:-1])
+
+
+def test_blocks_of_one_kind_are_timed_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    timed: list[int] = []
+    plain = latency._time_sizes
+    monkeypatch.setattr(latency, "_time_sizes", lambda model, index, *rest: timed.append(index) or plain(model, index, *rest))
+    for family, changes, wanted in (
+        ("bert", {"num_hidden_layers": 3}, [0]),
+        ("qwen2", {}, [0, 1]),
+    ):  # a sliding window is another kind
+        timed.clear()
+        with quiet(model := tiny(family, **changes)):
+            measure_table(model, 44, 1, 8)
+        assert timed == wanted
+
+
+def test_a_table_is_remembered_for_this_device_batch_and_shape(memory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    measured: list[tuple[int, int]] = []
+
+    def measure(model: Any, round_to: int, batch_size: int, seq_len: int) -> LatencyTable:
+        measured.append((batch_size, seq_len))
+        return LatencyTable("cpu", batch_size, seq_len, 7, {"0.heads": [1]}, {"0.heads": [5]})
+
+    monkeypatch.setattr(latency, "measure_table", measure)
+    first = latency_table(tiny("bert"), 8, 1, 6, None)
+    assert latency_table(tiny("bert", seed=1), 8, 1, 6, None) == first
+    assert measured == [(1, 6)]
+    latency_table(tiny("bert"), 8, 2, 6, None)
+    latency_table(tiny("bert"), 8, 1, 7, None)
+    latency_table(tiny("bert", intermediate_size=40), 8, 1, 6, None)
+    latency_table(tiny("bert").double(), 8, 1, 6, None)
+    latency_table(tiny("bert"), 4, 1, 6, None)
+    assert len(measured) == len(list(memory.iterdir())) == 6
+
+
+@pytest.mark.parametrize(("pruner", "config"), [(FisherPruner, FisherConfig), (STATPruner, STATConfig)])
+def test_a_model_takes_as_long_as_was_asked(pruner: Any, config: Any, tmp_path: Path) -> None:
+    model = slow(tiny("bert"), 0.002, 0.0002, 0.01)
+    own = pruner(model, config(keep=0.6, budget="latency"))
+    own.prune(many())
+    found = own.report.latency
+    assert found is not None
+    assert found.predicted <= found.asked == pytest.approx(0.6 * found.dense)
+    assert found.measured == pytest.approx(found.asked, rel=0.15)
+    assert own.report.reached == found.predicted / found.dense <= 0.6
+    assert "ms for 1 x 20 tokens on cpu" in str(own.report)
+    for group in own.report.groups:
+        assert group.kept in own.latency.sizes[group.name]
+    own.save_pretrained(tmp_path / "pruned")
+    recipe = json.loads((tmp_path / "pruned" / "stat_recipe.json").read_text())
+    assert recipe["latency_table"]["total"] == own.latency.total
+    assert recipe["report"]["latency"]["batch_size"] == 1
+    card = (tmp_path / "pruned" / "README.md").read_text()
+    assert f"{found.asked:.2f} ms" in card
+    assert "--budget latency" in card
+    again = pruner(tiny("bert"), config(keep=0.7, budget="latency", latency_table=str(tmp_path / "pruned" / "stat_recipe.json")))
+    again.prune(many())
+    assert again.latency == own.latency
+
+
+def test_keeping_all_of_the_latency_gives_the_dense_model() -> None:
+    model = FisherPruner(tiny("bert"), FisherConfig(keep=1.0, budget="latency")).prune(many())
+    assert torch.equal(outputs(model, batches()[0]), outputs(tiny("bert"), batches()[0]))
+
+
+def test_a_budget_below_what_cannot_be_pruned_is_refused() -> None:
+    model = slow(tiny("bert"), 0.0005, 0.00002, 0.03)
+    pruner = FisherPruner(model, FisherConfig(keep=0.3, budget="latency"))
+    with pytest.raises(ValueError, match=r"keep=0.3 of \d+\.\d+ ms on cpu .* asked, but one head and 8 neurons .* make 0\.[89]"):
+        pruner.prune(many())
+    assert model.config.to_dict().get("stat_pruning") is None
+
+
+def saved(tmp_path: Path, model: nn.Module, **changes: Any) -> str:
+    sizes = {group.name: sizes_to_try(group, 8) for group in find_groups(model)}
+    times = {name: [100 * size for size in own] for name, own in sizes.items()}
+    values = {"device": describe_device(model), "batch_size": 1, "seq_len": 6, "total": 20_000, "sizes": sizes, "times": times}
+    path = tmp_path / "table.json"
+    path.write_text(json.dumps({**values, **changes}))
+    return str(path)
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        (
+            {"device": "cuda (NVIDIA H100), float32"},
+            r"measured on cuda \(NVIDIA H100\), float32.*the model is on cpu.*leave latency_table out",
+        ),
+        ({"batch_size": 32}, "batches of 32, but 1 is asked"),
+        ({"sizes": {"0.heads": [1, 2]}}, r"another model's: of 0.heads it has the sizes \[1, 2\]"),
+        ({"times": {}}, "another model's"),
+        ({"colour": 1}, "holds no table of latencies"),
+    ],
+)
+def test_a_table_that_does_not_belong_here_is_refused(changes: dict[str, Any], said: str, tmp_path: Path) -> None:
+    model = tiny("bert")
+    pruner = FisherPruner(model, FisherConfig(budget="latency", latency_table=saved(tmp_path, model, **changes)))
+    with pytest.raises(ValueError, match=said):
+        pruner.prune(many())
+
+
+def test_a_device_that_vanished_is_said_to_be_gone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    path = saved(tmp_path, tiny("bert"), device="cuda (NVIDIA H100), float32")
+    with pytest.raises(ValueError, match="which this machine does not have"):
+        latency_table(tiny("bert"), 8, 1, 6, path)
+
+
+@pytest.mark.parametrize("text", [None, "[1, 2]", "{", '{"latency_table": 3}'])
+def test_a_file_without_a_table_is_refused(text: str | None, tmp_path: Path) -> None:
+    path = tmp_path / "table.json"
+    if text is not None:
+        path.write_text(text)
+    with pytest.raises(ValueError, match="holds no table of latencies"):
+        latency_table(tiny("bert"), 8, 1, 6, str(path))
+
+
+def test_a_staircase_is_used_to_its_edges(tmp_path: Path) -> None:
+    """Where 8 to 32 neurons take the same time, nobody ends with 8, 16 or 24."""
+    model = tiny("bert")
+    path = saved(tmp_path, model, times={n: [100, 100, 100, 100] if "heads" in n else [100, 100, 100, 100, 900, 1000] for n in
+                                         ("0.heads", "0.neurons", "1.heads", "1.neurons")}, total=5000)  # fmt: skip
+    pruner = FisherPruner(model, FisherConfig(keep=0.7, budget="latency", latency_table=path))
+    pruner.prune(many())
+    assert {g.name: g.kept for g in pruner.report.groups} == {"0.heads": 4, "0.neurons": 32, "1.heads": 4, "1.neurons": 32}
+    assert len(find_blocks(model)) == 2
+
+
+def test_the_published_stat_has_no_latency_budget() -> None:
+    with pytest.raises(ValueError, match=r"budget='latency' asked of the published algorithm.*macs"):
+        STATConfig.paper(budget="latency")
+
+
+def test_tables_are_remembered_under_the_hubs_home(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    monkeypatch.undo()
+    from huggingface_hub import constants
+
+    with caplog.at_level(logging.INFO):
+        assert latency.cache_folder().is_relative_to(constants.HF_HOME)
