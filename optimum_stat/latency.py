@@ -124,7 +124,7 @@ def measure_table(model: Any, round_to: int, batch_size: int, seq_len: int) -> L
         kind = _kind(model, index, block)
         if kind not in known:
             args, kwargs = calls[index]
-            share = _median_ratio(lambda: block(*args, **kwargs), lambda: model(**inputs), device)  # noqa: B023
+            share = median_ratio(lambda: block(*args, **kwargs), lambda: model(**inputs), device)  # noqa: B023
             known[kind] = _time_sizes(model, index, lambda b: b(*args, **kwargs), round_to, round(share * total))  # noqa: B023
         for structure, (own_sizes, own_times) in known[kind].items():
             sizes[f"{index}.{structure}"], times[f"{index}.{structure}"] = own_sizes, own_times
@@ -142,7 +142,7 @@ def _time_sizes(
         for size in tqdm(sizes[:-1], desc=f"Timing {group.structure}", unit="size", leave=False):
             small = copy.deepcopy(dense)
             slice_group(groups_of_block(model, index, small)[at], torch.arange(size))
-            times.append(round(dense_time * _median_ratio(lambda: run(small), lambda: run(dense), device)))  # noqa: B023
+            times.append(round(dense_time * median_ratio(lambda: run(small), lambda: run(dense), device)))  # noqa: B023
         # more units of one alignment do not take less time; what says so is noise, which the allocation would pick out
         found[group.structure] = sizes, np.rint(isotonic_regression([*times, dense_time]).x).astype(int).tolist()
     return found
@@ -181,7 +181,7 @@ def median_time(run: Callable[[], Any], device: torch.device) -> int:
     return round(statistics.median(times))
 
 
-def _median_ratio(run: Callable[[], Any], beside: Callable[[], Any], device: torch.device) -> float:
+def median_ratio(run: Callable[[], Any], beside: Callable[[], Any], device: torch.device) -> float:
     """Median of the ratios of their times, taken in turn."""
     once = max(_timed(run, device) + _timed(beside, device) for _ in range(2))
     pairs = [(_timed(beside, device), _timed(run, device)) for _ in range(_repeats(once))]

@@ -1,6 +1,6 @@
 """Perplexity of a pruned causal language model on WikiText-2, dense beside pruned, with the time of `prune`.
 
-    python examples/benchmarks/decoder_wikitext.py DATA MODEL [--gguf-file FILE] [--keep 0.75]
+    python examples/benchmarks/decoder_wikitext.py DATA MODEL [--gguf-file FILE] [--keep 0.75] [--recipes stat fisher]
 
 DATA: a folder with train_first3MB.txt and valid.txt. Calibration: 16 windows of 512 tokens of the training text, starts drawn
 with torch.randint under seed 0. Score: exp of the mean negative log-likelihood over the first 12 windows of 512 tokens of
@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +19,14 @@ import torch
 import torch.nn.functional as F
 from measure import forward_seconds, table, write_card
 
-from optimum_stat import STATConfig, STATPruner
+from optimum_stat import FisherConfig, FisherPruner, STATConfig, STATPruner
 
 SEQ_LEN = 512
+RECIPES: dict[str, tuple[Any, Callable[..., Any]]] = {
+    "stat": (STATPruner, STATConfig),
+    "stat, gradient-free": (STATPruner, lambda **asked: STATConfig(metric="stream", **asked)),
+    "fisher": (FisherPruner, FisherConfig),
+}
 
 
 def main() -> None:
@@ -29,7 +35,7 @@ def main() -> None:
     parser.add_argument("model")
     parser.add_argument("--gguf-file")
     parser.add_argument("--keep", type=float, nargs="+", default=[0.75])
-    parser.add_argument("--metric", nargs="+", default=["fisher", "stream"])
+    parser.add_argument("--recipes", nargs="+", choices=RECIPES, default=["stat", "stat, gradient-free"])
     parser.add_argument("--windows", type=int, default=16)
     parser.add_argument("--card", type=Path, help="write the card of the first run into this folder")
     parser.add_argument("--base-model", help="the model's Hub id, for the card")
@@ -37,9 +43,9 @@ def main() -> None:
     extra: dict[str, Any] = {"gguf_file": args.gguf_file} if args.gguf_file else {}
     rows = []
     for keep in args.keep:
-        for metric in args.metric:
-            config = STATConfig(keep=keep, budget="params", metric=metric)
-            pruner = STATPruner.from_pretrained(args.model, config, dtype=torch.float32, **extra)
+        for recipe in args.recipes:
+            method, make = RECIPES[recipe]
+            pruner = method.from_pretrained(args.model, make(keep=keep, budget="params"), dtype=torch.float32, **extra)
             windows = calibration(pruner.tokenizer, args.data, args.windows)
             batches = [{"input_ids": part} for part in windows.split(8)]
             if not rows:
@@ -50,7 +56,7 @@ def main() -> None:
             ratio = sum(stage.seconds for stage in stages) / floor
             peak = max(stage.peak_bytes or 0 for stage in stages) / 2**20
             score = f"{perplexity(model, pruner.tokenizer, args.data):.2f}"
-            rows.append((metric, f"{pruner.report.reached:.4f}", score, f"{ratio:.1f}", f"{peak:,.0f}"))
+            rows.append((recipe, f"{pruner.report.reached:.4f}", score, f"{ratio:.1f}", f"{peak:,.0f}"))
             if args.card and len(rows) == 2:
                 result = {"name": "perplexity", "dataset": "WikiText-2, first 12 windows of 512 validation tokens"}
                 pruner.metrics.append({**result, "value": float(score), "dense": float(rows[0][2])})

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 
 from ..data import Batches
-from ..families import Group, weight
+from ..families import Group, is_causal, task_of, weight
 from ..linalg import add_to_gram, damped, solve_psd, symmetrize
 from ..probes import on_consumer_input
 from ..slicing import Plan, consumer_columns, set_weight
@@ -28,17 +28,19 @@ class Tuning:
 
     where z and x are those of the student, all of whose earlier layers have been tuned. It needs only
     `N_uv = <G_uv, W_u^T W_v>` and `r_u = <z_u W_u^T, target>`, summed over tokens, with G the Gram matrix of z.
+    A factor beyond 10 ends the tuning: that layer and all later ones keep 1.
 
     Published: no ridge, but `s = 1 + (N^2 + I)^-1 N (r - N 1)`, to which the released code's LSMR(damp=1) on the normal
-    matrix converges; heads of the first block are left at 1; the last MLP of a classifier sees its first token only; heads
-    are fitted together with a constant, which is then dropped; the teacher's neurons of the layer at hand are not
-    masked. In both, a factor beyond 10 ends the tuning: that layer and all later ones keep 1.
+    matrix converges; the heads of the first block keep 1; the last MLP of a classifier is fitted to the first token alone; heads
+    are fitted together with a constant, which is then dropped; the teacher's neurons of the layer at hand are not masked.
     Source: 2204.09656, section 4.4, and the released code.
     """
 
     def __init__(self, model: nn.Module, groups: list[Group], batches: Batches, ridge: float, *, published: bool):
         self.groups, self.ridge, self.published = groups, ridge, published
         self.student, self.teacher = BlockWalk(model, batches), BlockWalk(model, batches)
+        classifier = task_of(model) == "text-classification" and not is_causal(model)
+        self.first_token_only = groups[-1].name if published and classifier else None
 
     @torch.no_grad()
     def run(self, plan: Plan, teacher: Plan) -> None:
@@ -47,19 +49,21 @@ class Tuning:
         targets = {group.name: _mask(group, teacher[group.name]) for group in self.groups}
         for index in self.student.steps("Tuning"):
             own = [group for group in self.groups if group.block == index]
-            with _gated(own, targets):
-                wanted = self._targets(index, own)
+            wanted = self._targets(index, own, targets)
             with _gated(own, masks):
                 for group in own:
+                    if self.published and index == 0 and group.structure == "heads":
+                        continue
                     factors = self._factors(group, plan[group.name], wanted.pop(group.name))
                     if factors is None:
                         return self._fold(masks)
-                    masks[group.name][consumer_columns(group, plan[group.name])] = factors.float().repeat_interleave(group.width)
+                    columns = consumer_columns(group, plan[group.name])
+                    masks[group.name][columns] = factors.float().repeat_interleave(group.width)
                 if index + 1 < len(self.student.blocks):
                     self.student.advance(index)
         return self._fold(masks)
 
-    def _targets(self, index: int, own: list[Group]) -> dict[str, list[Tensor]]:
+    def _targets(self, index: int, own: list[Group], masks: dict[str, Tensor]) -> dict[str, list[Tensor]]:
         """The teacher's residual stream behind each consumer, less biases: group -> parts [tokens, out], as `see` gets them."""
         wanted: dict[str, list[Tensor]] = {group.name: [] for group in own}
 
@@ -69,7 +73,13 @@ class Tuning:
             else:
                 wanted[group.name][-1] = wanted[group.name][-1] + rows @ weight(group.consumer).T.to(rows)
 
-        self.teacher.run(index, [each for group in own for each in (_stream(group), group)], see, advance=True)
+        gated = [group for group in own if group.structure == "heads" or not self.published]
+        with _gated(gated, masks):
+            pairs = [each for group in own for each in (_stream(group), group)]
+            self.teacher.run(index, pairs, see, advance=not self.published)
+        if self.published:
+            with _gated(own, masks):
+                self.teacher.advance(index)
         return wanted
 
     def _factors(self, group: Group, keep: Tensor, wanted: list[Tensor]) -> Tensor | None:
@@ -77,30 +87,79 @@ class Tuning:
         full = weight(group.consumer)
         columns = consumer_columns(group, keep).to(full.device)
         kept = full.index_select(1, columns).to(torch.promote_types(full.dtype, torch.float32))
-        gram = torch.zeros(len(columns), len(columns), dtype=torch.float64, device=full.device)
-        toward = torch.zeros(len(columns), dtype=torch.float64, device=full.device)
+        moments = _Moments.empty(len(columns), full.device)
         stream: list[Tensor] = []
+        counts = self._tokens_that_count(group)
 
         def see(seen: Group, rows: Tensor) -> None:
+            nonlocal counts
             if seen.consumer is seen.stream:
                 stream.append(rows)
                 return
             z, missing = rows.index_select(1, columns), wanted.pop(0) - stream.pop()
-            add_to_gram(gram, z)
-            toward.add_((z * (missing @ kept)).double().sum(0))
+            if counts is not None:
+                here, counts = counts[: len(z)], counts[len(z) :]
+                z, missing = z[here], missing[here]
+            moments.add(z, missing, kept)
 
         self.student.run(group.block, [_stream(group), group], see)
-        kept = kept.double()
-        blocks = (symmetrize(gram) * (kept.T @ kept)).view(len(keep), group.width, len(keep), group.width)
-        normal = blocks.sum((1, 3))
-        rest = toward.view(len(keep), group.width).sum(1) - normal.sum(1)
-        factors = 1 + solve_psd(damped(normal, self.ridge), rest[:, None])[:, 0]
+        normal, toward = moments.of_units(kept.double(), len(keep), constant=self.published and group.structure == "heads")
+        rest = toward - normal.sum(1)
+        if self.published:
+            values, vectors = torch.linalg.eigh(normal)
+            change = vectors @ (values / (values.square() + 1) * (vectors.T @ rest))
+        else:
+            change = solve_psd(damped(normal, self.ridge), rest[:, None])[:, 0]
+        factors = 1 + change[: len(keep)]
         return factors if bool((factors.abs() <= LIMIT).all()) else None
+
+    def _tokens_that_count(self, group: Group) -> Tensor | None:
+        """Which of all real tokens are an example's first, where only these count; None: all count."""
+        if group.name != self.first_token_only:
+            return None
+        return torch.cat([(mask.cumsum(1) == 1)[mask.bool()] for mask in self.student.masks])
 
     def _fold(self, masks: dict[str, Tensor]) -> None:
         for group in self.groups:
             full = weight(group.consumer)
             set_weight(group.consumer, (full * masks[group.name]).to(full.dtype))
+
+
+@dataclass
+class _Moments:
+    """Sums over tokens, float64; z the columns that stay [tokens, width], missing what they are to add up to [tokens, out]."""
+
+    gram: Tensor
+    """z^T z."""
+    toward: Tensor
+    """Of each column: <z_c w_c^T, missing>."""
+    column_sums: Tensor
+    missing_sum: Tensor
+    entries: int = 0
+
+    @classmethod
+    def empty(cls, width: int, device: torch.device) -> _Moments:
+        like = torch.zeros(width, dtype=torch.float64, device=device)
+        return cls(gram=like.new_zeros(width, width), toward=like, column_sums=like.clone(), missing_sum=like.new_zeros(()))
+
+    def add(self, z: Tensor, missing: Tensor, kept: Tensor) -> None:
+        add_to_gram(self.gram, z)
+        self.toward += (z * (missing @ kept)).double().sum(0)
+        self.column_sums += z.double().sum(0)
+        self.missing_sum += missing.double().sum()
+        self.entries += missing.numel()
+
+    def of_units(self, kept: Tensor, units: int, *, constant: bool) -> tuple[Tensor, Tensor]:
+        """Normal matrix and right side of one factor a unit, and of one constant for all entries of the output."""
+        width = len(self.toward) // units
+        normal = (symmetrize(self.gram) * (kept.T @ kept)).view(units, width, units, width).sum((1, 3))
+        toward = self.toward.view(units, width).sum(1)
+        if not constant:
+            return normal, toward
+        beside = (self.column_sums * kept.sum(0)).view(units, width).sum(1)[:, None]
+        corner = normal.new_full((1, 1), self.entries)
+        normal = torch.cat([torch.cat([normal, beside], 1), torch.cat([beside.T, corner], 1)])
+        return normal, torch.cat([toward, self.missing_sum[None]])
 
 
 def _stream(group: Group) -> Group:

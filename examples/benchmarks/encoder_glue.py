@@ -1,0 +1,79 @@
+"""A pruned classifier or regressor on a task of GLUE, dense beside pruned, recipe beside recipe, with the time of `prune`.
+
+    python examples/benchmarks/encoder_glue.py TASK MODEL DATA [--keep 0.7 0.6 ...] [--recipes stat fisher ...] [--seeds 0 1 2]
+
+TASK: sst2, stsb or cola. MODEL: a folder or Hub id (`finetune_minilm.py` makes one); DATA: a folder with train.parquet and
+dev.parquet. Calibration: 512 training examples drawn under the seed, with their labels; budget: MACs; score on dev, float32.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from glue import TASKS, read, score
+from measure import forward_seconds, table, write_card
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+from optimum_stat import FisherConfig, FisherPruner, Pruner, PruningConfig, STATConfig, STATPruner
+from optimum_stat.data import make_batches
+
+RECIPES: dict[str, tuple[type[Pruner[Any]], Callable[..., PruningConfig]]] = {
+    "stat": (STATPruner, STATConfig),
+    "stat, gradient-free": (STATPruner, lambda **asked: STATConfig(metric="stream", **asked)),
+    "stat, paper": (STATPruner, STATConfig.paper),
+    "fisher": (FisherPruner, FisherConfig),
+    "fisher, search": (FisherPruner, lambda **asked: FisherConfig(rearrange=False, tune=False, **asked)),
+    "fisher, + rearrangement": (FisherPruner, lambda **asked: FisherConfig(tune=False, **asked)),
+    "fisher, paper": (FisherPruner, FisherConfig.paper),
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("task", choices=TASKS)
+    parser.add_argument("model")
+    parser.add_argument("data", type=Path)
+    parser.add_argument("--keep", type=float, nargs="+", default=[0.7, 0.6, 0.5, 0.4, 0.3])
+    parser.add_argument("--recipes", nargs="+", choices=RECIPES, default=["stat", "fisher"])
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--card", type=Path, help="write the card of the first run into this folder")
+    args = parser.parse_args()
+    task, (train, dev) = TASKS[args.task], read(args.data)
+    tokenizer = AutoTokenizer.from_pretrained(args.model)
+    dense = load(args.model)
+    before = score(task, dense, tokenizer, dev)
+    print(f"{args.task}: {task.metric} of the dense model {before:.2f}")
+    rows = []
+    for name in args.recipes:
+        method, make = RECIPES[name]
+        cells, ratios = [], []
+        for keep in args.keep:
+            config = make(keep=keep, budget="macs")
+            scores = []
+            for seed in args.seeds:
+                sample = train.shuffle(seed=seed).select(range(512))
+                pruner = method(load(args.model), config, tokenizer)
+                batches = make_batches(sample, dense.config, config, causal=False, tokenizer=tokenizer)
+                floor = forward_seconds(dense, batches)
+                model = pruner.prune(sample, **({"label_column": task.label} if pruner.labels != "none" else {}))
+                ratios.append(sum(stage.seconds for stage in pruner.report.stages.values()) / floor)
+                scores.append(score(task, model, tokenizer, dev))
+                if args.card and not cells and seed == args.seeds[0]:
+                    result = {"name": task.metric, "dataset": f"{args.task} validation", "value": round(scores[-1], 2)}
+                    pruner.metrics.append({**result, "dense": round(before, 2)})
+                    write_card(pruner, args.card, None, f"512 training examples of {args.task}, drawn under seed {seed}")
+            cells.append(f"{sum(scores) / len(scores):.2f} ({min(scores):.2f} to {max(scores):.2f})")
+        rows.append((name, *cells, f"{sorted(ratios)[len(ratios) // 2]:.1f}"))
+        print(table(("recipe", *(f"{keep} of the MACs" for keep in args.keep), "forward passes"), rows), flush=True)
+
+
+def load(path: str) -> torch.nn.Module:
+    return AutoModelForSequenceClassification.from_pretrained(path, dtype=torch.float32).eval()
+
+
+if __name__ == "__main__":
+    main()
