@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -118,28 +119,45 @@ def _small_parts(batches: Batches) -> Iterator[tuple[dict[str, Tensor], dict[str
             yield {name: value[rows] for name, value in batch.items()}, own
 
 
-def mask_gradients(model: nn.Module, groups: list[Group], batches: Batches, seed: int, *, from_labels: bool) -> dict[str, Tensor]:
-    """Gradient of each example's loss with respect to a factor on each unit, at 1: [examples, units], float64, on the CPU.
+@dataclass(frozen=True)
+class Sensitivity:
+    """Of the loss, at one group; float64, on the CPU."""
 
-    With z what the consumer reads, that is `sum z * dL/dz` over the example's tokens and the unit's columns. The loss is
-    the negative log-likelihood of the labels (of the next tokens, for causal language models), summed over the example; or,
-    not `from_labels`, of the model's own predictions: a gradient drawn as `output_fisher` draws it, whose covariance is the
-    exact Fisher information of the output. One forward and one backward pass over all data, without gradients of weights.
-    Call it inside `quiet(model)`.
+    masks: Tensor
+    """Gradient of each example's loss with respect to a factor on each unit, at 1: [examples, units]."""
+    output: Tensor
+    """Sum over tokens of the squared gradient at the consumer's output: [out]."""
+
+
+def sensitivities(
+    model: nn.Module, groups: list[Group], batches: Batches, seed: int, *, from_labels: bool
+) -> dict[str, Sensitivity]:
+    """What the loss says of every unit and of every consumer's output, from one forward and one backward pass over all data.
+
+    The gradient of a factor on a unit is, with z what the consumer reads, `sum z * dL/dz` over the example's tokens and the
+    unit's columns. The loss is the negative log-likelihood of the labels (of the next tokens, for causal language models),
+    summed over the example; or, not `from_labels`, of the model's own predictions: a gradient drawn as `output_fisher` draws
+    it, whose covariance is the exact Fisher information of the output. No gradients of weights are made. Call it inside
+    `quiet(model)`.
     Source: 2204.09656, section 4.2, where the factor multiplies a head's attention probabilities: the same derivative.
     """
     generators = [torch.Generator().manual_seed(seed + output) for output in range(2)]
-    found: dict[str, list[Tensor]] = {group.name: [] for group in groups}
+    masks: dict[str, list[Tensor]] = {group.name: [] for group in groups}
+    output_sums = {group.name: torch.zeros(weight(group.consumer).shape[0], dtype=torch.float64) for group in groups}
     mask = torch.empty(0)
 
     def add(group: Group, z: Tensor, gradient: Tensor) -> None:
         units = (z * gradient).view(*mask.shape, group.units, group.width).double().sum((1, 3))
-        found[group.name].append(units.cpu())
+        masks[group.name].append(units.cpu())
+
+    def add_output(group: Group, gradient: Tensor) -> None:
+        output_sums[group.name] += real_rows(gradient, mask).double().square().sum(0).cpu()
 
     def watch(group: Group, z: Tensor) -> None:
         z.register_hook(partial(add, group, z.detach()))  # type: ignore[no-untyped-call]
 
-    with torch.enable_grad(), on_consumer_input(groups, watch), _differentiable_embeddings(model):
+    hooks = on_consumer_input(groups, watch), on_output_gradient(groups, add_output), _differentiable_embeddings(model)
+    with torch.enable_grad(), hooks[0], hooks[1], hooks[2]:
         for inputs, labels in tqdm(list(_small_parts(batches)), desc="Gradients", unit="batch"):
             inputs = {name: value.to(device_of(model)) for name, value in inputs.items()}
             mask = inputs["attention_mask"]
@@ -148,7 +166,7 @@ def mask_gradients(model: nn.Module, groups: list[Group], batches: Batches, seed
                 torch.autograd.backward(*loss_gradients(model, output, inputs, labels))
             else:
                 torch.autograd.backward(*_drawn_gradients(output, mask, generators))
-    return {name: torch.cat(parts) for name, parts in found.items()}
+    return {name: Sensitivity(torch.cat(parts), output_sums[name]) for name, parts in masks.items()}
 
 
 def _drawn_gradients(output: Any, mask: Tensor, generators: list[torch.Generator]) -> tuple[list[Tensor], list[Tensor]]:

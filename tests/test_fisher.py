@@ -21,7 +21,7 @@ from optimum_stat.data import Batches
 from optimum_stat.families import Group, find_groups, weight
 from optimum_stat.labels import IGNORED
 from optimum_stat.methods.fisher import FisherRanking, rearranged
-from optimum_stat.probes import mask_gradients, output_fisher, quiet
+from optimum_stat.probes import Sensitivity, output_fisher, quiet, sensitivities
 from optimum_stat.slicing import consumer_columns
 
 FAMILIES = ["bert", "gpt2", "opt", "llama"]
@@ -70,7 +70,7 @@ def test_gradients_of_masks_are_those_of_autograd(family: str, head: str) -> Non
     model = tiny(family, head).double()
     items, labels = labelled(head)
     with quiet(model):
-        found = mask_gradients(model, find_groups(model), data(items, labels), 0, from_labels=True)
+        found = sensitivities(model, find_groups(model), data(items, labels), 0, from_labels=True)
     masked, row = Masked(model), 0
     for at, item in enumerate(items):
         for i in range(len(item["input_ids"])):
@@ -83,7 +83,7 @@ def test_gradients_of_masks_are_those_of_autograd(family: str, head: str) -> Non
             loss = masked({**one, "labels": own}).loss * counted
             wanted = torch.autograd.grad(loss, list(masked.factors.values()))
             for group, gradient in zip(masked.groups, wanted, strict=True):
-                torch.testing.assert_close(found[group.name][row], gradient[0], rtol=1e-4, atol=1e-7)
+                torch.testing.assert_close(found[group.name].masks[row], gradient[0], rtol=1e-4, atol=1e-7)
             row += 1
 
 
@@ -93,7 +93,7 @@ def test_drawn_labels_give_the_exact_fisher_information_on_average() -> None:
     items, groups = batches((7, 7, 7), batch_size=3), find_groups(model)
     repeated = [{name: value.repeat(400, 1) for name, value in item.items()} for item in items]
     with quiet(model):
-        drawn = mask_gradients(model, groups, data(repeated), 0, from_labels=False)
+        drawn = sensitivities(model, groups, data(repeated), 0, from_labels=False)
     masked = Masked(model)
     masked.factors = {g.name: torch.ones(3, g.units, dtype=torch.float64, requires_grad=True) for g in masked.groups}
     log_p = masked(items[0]).logits.log_softmax(-1)
@@ -102,7 +102,7 @@ def test_drawn_labels_give_the_exact_fisher_information_on_average() -> None:
         for i, label in itertools.product(range(3), range(3)):
             (gradient,) = torch.autograd.grad(log_p[i, label], masked.factors[group.name], retain_graph=True)
             wanted += log_p[i, label].exp().detach() * gradient[i] ** 2
-        found = drawn[group.name].square().sum(0) / 400
+        found = drawn[group.name].masks.square().sum(0) / 400
         torch.testing.assert_close(found, wanted, rtol=0.2, atol=0.02 * float(wanted.max()))
 
 
@@ -112,10 +112,9 @@ def test_published_gradients_are_means_of_batches() -> None:
     pruners = [FisherPruner(model, FisherConfig(batch_size=4, per_example=each)) for each in (True, False)]
     groups = find_groups(model)
     with quiet(model):
-        single, mean = (dict(pruner.measure(groups, data(items, labels))) for pruner in pruners)
-    for group in groups:
-        own = single[group]
-        torch.testing.assert_close(mean[group], torch.stack([own[:4].mean(0), own[4:].mean(0)]))
+        single, mean = (pruner.rank(groups, pruner.measure(groups, data(items, labels))).gradients for pruner in pruners)
+    for name, own in single.items():
+        torch.testing.assert_close(mean[name], torch.stack([own[:4].mean(0), own[4:].mean(0)]))
 
 
 @pytest.mark.parametrize("budget", ["params", "macs"])
@@ -131,7 +130,7 @@ def test_the_search_is_optimal_for_the_diagonal(family: str, keep: float, budget
         ranking = pruner.rank(groups, [(group, stats[group.name]) for group in groups])
     limit = pruner.limit(groups, items, keep)
     kept = pruner.allocate(groups, ranking, limit, items)
-    own = {name: values.square().sum(0) for name, values in stats.items()}
+    own = {name: found.masks.square().sum(0) for name, found in stats.items()}
     costs = {group.name: unit_cost(model, group, budget, items.seq_len) for group in groups}
     best = min(
         sum(float(own[g.name].sort().values[: g.units - k].sum()) for g, k in zip(groups, plan, strict=True))
@@ -221,10 +220,11 @@ def test_factors_are_constrained_least_squares_towards_the_teacher(family: str, 
     whole = {name: torch.cat([item[name] for item in items]) for name in ("input_ids", "attention_mask")}
     for wanted, own, after in zip(find_groups(teacher), find_groups(student), find_groups(pruner.model), strict=True):
         (z_teacher, x_teacher), (z, x) = streams(teacher, wanted, whole), streams(student, own, whole)
-        target = (z_teacher @ weight(wanted.consumer).T + x_teacher - x).flatten()
+        root = pruner._metric[own.name].sqrt()
+        target = ((z_teacher @ weight(wanted.consumer).T + x_teacher - x) * root).flatten()
         units = kept[own.name]
         parts = [z[:, consumer_columns(own, u[None])] @ weight(own.consumer)[:, consumer_columns(own, u[None])].T for u in units]
-        design = torch.stack([part.flatten() for part in parts], 1).detach()
+        design = torch.stack([(part * root).flatten() for part in parts], 1).detach()
         damping = ridge**0.5 * torch.diag(design.norm(dim=0))
         left, right = torch.cat([design, damping]), torch.cat([target.detach(), damping.diagonal()])
         factors = torch.linalg.lstsq(left, right[:, None], driver="gelsd").solution[:, 0]
@@ -302,16 +302,16 @@ def test_drawn_labels_need_none_of_the_data_and_agree_with_the_outputs_fisher() 
     with torch.no_grad():
         weight(find_groups(model)[1].consumer)[:, :5] = 0
     with quiet(model):
-        found = mask_gradients(model, find_groups(model), data(batches()), 0, from_labels=False)
+        found = sensitivities(model, find_groups(model), data(batches()), 0, from_labels=False)
         assert output_fisher(model, find_groups(model), data(batches()), 0)["0.neurons"].min() > 0
-    assert not found["0.neurons"][:, :5].any()
-    assert found["0.neurons"][:, 5:].abs().sum(0).min() > 0
+    assert not found["0.neurons"].masks[:, :5].any()
+    assert found["0.neurons"].masks[:, 5:].abs().sum(0).min() > 0
 
 
 def test_ranking_is_the_sum_of_what_goes() -> None:
     groups = [Group("0.neurons", 0, "neurons", (), nn.Identity(), 3, nn.Identity())]
     pruner = FisherPruner(tiny("bert"), FisherConfig())
-    ranking = pruner.rank(groups, [(groups[0], torch.tensor([[1.0, 3.0, 2.0], [0.0, 1.0, 2.0]]))])
+    ranking = pruner.rank(groups, [(groups[0], Sensitivity(torch.tensor([[1.0, 3.0, 2.0], [0.0, 1.0, 2.0]]), torch.ones(2)))])
     assert isinstance(ranking, FisherRanking)
     assert ranking.order["0.neurons"].tolist() == [1, 2, 0]
     assert ranking.error["0.neurons"].tolist() == [19.0, 9.0, 1.0, 0.0]

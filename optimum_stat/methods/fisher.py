@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import ClassVar, final
@@ -16,11 +17,12 @@ from ..config import PruningConfig
 from ..data import Batches
 from ..families import Group, task_of
 from ..knapsack import allocate_exactly
-from ..probes import mask_gradients
+from ..probes import Sensitivity, sensitivities
 from ..pruner import Pruner
 from ..slicing import Plan
 from . import fisher_tuning
 
+logger = logging.getLogger(__name__)
 LABELS = ("auto", "data", "model")
 
 
@@ -72,6 +74,8 @@ class FisherRanking(Ranking):
 
     gradients: Mapping[str, Tensor]
     """Group name -> gradients of the mask, one row an example or batch: [examples, units]."""
+    metric: Mapping[str, Tensor]
+    """Group name -> what a squared error of one in each channel of the consumer's output is worth: [out]."""
 
 
 @final
@@ -100,48 +104,55 @@ class FisherPruner(Pruner[FisherConfig]):
 
     _teacher: Plan
     """What the network keeps that the tuning takes as its target."""
+    _metric: Mapping[str, Tensor]
+    """In which the tuning compares with it."""
 
     @property
     def labels(self) -> str:
         """The config's, in the words of `Pruner.labels`."""
         return "none" if self.config.labels == "model" else self.config.labels
 
-    def measure(self, groups: list[Group], batches: Batches) -> Iterator[tuple[Group, Tensor]]:
-        """Mask gradients, [examples, units], from one forward and one backward pass."""
+    def measure(self, groups: list[Group], batches: Batches) -> Iterator[tuple[Group, Sensitivity]]:
+        """Gradients of masks and of outputs, from one forward and one backward pass."""
         from_labels = self.config.labels == "data" or (self.config.labels == "auto" and _has_loss(self.model, batches))
-        gradients = mask_gradients(self.model, groups, batches, self.config.seed, from_labels=from_labels)
+        logger.info(
+            "Gradients of the loss for %s.", "the labels" if from_labels else "labels drawn from the model's own predictions"
+        )
+        found = sensitivities(self.model, groups, batches, self.config.seed, from_labels=from_labels)
         for group in groups:
-            own = gradients.pop(group.name)
-            if not torch.isfinite(own).all():
+            own = found.pop(group.name)
+            if not (torch.isfinite(own.masks).all() and torch.isfinite(own.output).all()):
                 raise ValueError(
                     f"The gradient at {group.name} is NaN or infinite; nothing can be decided from it. "
                     "Does the model overflow in its dtype? Try dtype=torch.float32 or torch.bfloat16."
                 )
-            if not self.config.per_example:
-                own = torch.stack([part.mean(0) for part in torch.split(own, self.config.batch_size)])
             yield group, own
 
-    def rank(self, groups: list[Group], stats: Iterable[tuple[Group, Tensor]]) -> FisherRanking:
+    def rank(self, groups: list[Group], stats: Iterable[tuple[Group, Sensitivity]]) -> FisherRanking:
         """By the diagonal of the Fisher information, summed over examples or batches."""
-        order, error, gradients = {}, {}, {}
-        for group, own in stats:
+        order, error, gradients, metric = {}, {}, {}, {}
+        for group, found in stats:
+            own = found.masks
+            if not self.config.per_example:
+                own = torch.stack([part.mean(0) for part in torch.split(own, self.config.batch_size)])
             importance = own.square().sum(0)
             order[group.name] = importance.argsort(descending=True, stable=True)
             lost = importance[order[group.name]].flip(0).cumsum(0).flip(0)
             error[group.name] = torch.cat([lost, lost.new_zeros(1)])
-            gradients[group.name] = own
-        return FisherRanking(order, error, gradients)
+            gradients[group.name], metric[group.name] = own, found.output
+        return FisherRanking(order, error, gradients, metric)
 
     def allocate(self, groups: list[Group], ranking: Ranking, limit: float, batches: Batches) -> dict[str, int]:
         """The exact optimum of the diagonal objective; and, for the tuning, that of the teacher.
 
         The teacher keeps the square root of the share: a network half as far pruned is a target that can be reached.
-        Source: the released code (2.0 of the paper's versions compares with the dense network).
+        Source: the released code.
         """
+        assert isinstance(ranking, FisherRanking)
         choices = self.choices(groups, batches)
         if self.config.tune:
             wider = allocate_exactly(ranking.error, *choices, self.limit(groups, batches, self.config.keep**0.5))
-            self._teacher = Pruner.select(self, ranking, wider)
+            self._teacher, self._metric = Pruner.select(self, ranking, wider), ranking.metric
         return allocate_exactly(ranking.error, *choices, limit)
 
     def select(self, ranking: Ranking, kept: Mapping[str, int]) -> Plan:
@@ -155,8 +166,8 @@ class FisherPruner(Pruner[FisherConfig]):
     def repair(self, groups: list[Group], plan: Plan, batches: Batches) -> None:
         """Scale the columns of the consumers' weights that stay."""
         if self.config.tune and any(len(plan[group.name]) < group.units for group in groups):
-            how = fisher_tuning.Tuning(self.model, groups, batches, self.config.ridge, published=self.config.published)
-            how.run(plan, self._teacher)
+            ridge, metric = self.config.ridge, None if self.config.published else self._metric
+            fisher_tuning.Tuning(self.model, groups, batches, ridge, metric).run(plan, self._teacher)
 
 
 def _has_loss(model: PreTrainedModel, batches: Batches) -> bool:

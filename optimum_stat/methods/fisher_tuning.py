@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
@@ -24,23 +24,27 @@ class Tuning:
 
     For every consumer `y = z W^T`, with units u that stay and the residual stream x that y is added to, the factors solve
 
-        min_s || sum_u s_u z_u W_u^T - (y_teacher + x_teacher - x) ||^2 + ridge * sum_u N_uu (s_u - 1)^2
+        min_s || (sum_u s_u z_u W_u^T - (y_teacher + x_teacher - x)) F^(1/2) ||^2 + ridge * sum_u N_uu (s_u - 1)^2
 
-    where z and x are those of the student, all of whose earlier layers have been tuned. It needs only
-    `N_uv = <G_uv, W_u^T W_v>` and `r_u = <z_u W_u^T, target>`, summed over tokens, with G the Gram matrix of z.
-    A factor beyond 10 ends the tuning: that layer and all later ones keep 1.
+    where z and x are those of the student, all of whose earlier layers have been tuned, and F, diagonal, is the squared
+    gradient of the loss at the output: factors cannot bring every channel close, so they are to bring those close that matter.
+    It needs only `N_uv = <G_uv, W_u^T F W_v>` and `r_u = <z_u W_u^T F, target>`, summed over tokens, with G the Gram matrix
+    of z. A factor beyond 10 ends the tuning: that layer and all later ones keep 1.
 
-    Published: no ridge, but `s = 1 + (N^2 + I)^-1 N (r - N 1)`, to which the released code's LSMR(damp=1) on the normal
-    matrix converges; the heads of the first block keep 1; the last MLP of a classifier is fitted to the first token alone; heads
-    are fitted together with a constant, which is then dropped; the teacher's neurons of the layer at hand are not masked.
+    Published (no metric given): all channels count alike; no ridge, but `s = 1 + (N^2 + I)^-1 N (r - N 1)`, to which the
+    released code's LSMR(damp=1) on the normal matrix converges; the heads of the first block keep 1; the last MLP of a
+    classifier is fitted to the first token alone; heads are fitted together with a constant, which is then dropped; the
+    teacher's neurons of the layer at hand are not masked.
     Source: 2204.09656, section 4.4, and the released code.
     """
 
-    def __init__(self, model: nn.Module, groups: list[Group], batches: Batches, ridge: float, *, published: bool):
-        self.groups, self.ridge, self.published = groups, ridge, published
+    def __init__(
+        self, model: nn.Module, groups: list[Group], batches: Batches, ridge: float, metric: Mapping[str, Tensor] | None
+    ):
+        self.groups, self.ridge, self.metric, self.published = groups, ridge, metric, metric is None
         self.student, self.teacher = BlockWalk(model, batches), BlockWalk(model, batches)
         classifier = task_of(model) == "text-classification" and not is_causal(model)
-        self.first_token_only = groups[-1].name if published and classifier else None
+        self.first_token_only = groups[-1].name if self.published and classifier else None
 
     @torch.no_grad()
     def run(self, plan: Plan, teacher: Plan) -> None:
@@ -87,6 +91,8 @@ class Tuning:
         full = weight(group.consumer)
         columns = consumer_columns(group, keep).to(full.device)
         kept = full.index_select(1, columns).to(torch.promote_types(full.dtype, torch.float32))
+        root = torch.ones_like(kept[:, 0]) if self.metric is None else self.metric[group.name].to(kept).sqrt()
+        kept = kept * root[:, None]
         moments = _Moments.empty(len(columns), full.device)
         stream: list[Tensor] = []
         counts = self._tokens_that_count(group)
@@ -96,7 +102,7 @@ class Tuning:
             if seen.consumer is seen.stream:
                 stream.append(rows)
                 return
-            z, missing = rows.index_select(1, columns), wanted.pop(0) - stream.pop()
+            z, missing = rows.index_select(1, columns), (wanted.pop(0) - stream.pop()) * root
             if counts is not None:
                 here, counts = counts[: len(z)], counts[len(z) :]
                 z, missing = z[here], missing[here]
