@@ -20,7 +20,8 @@ from optimum_stat.budget import options, unit_cost
 from optimum_stat.data import Batches
 from optimum_stat.families import Group, find_groups, weight
 from optimum_stat.labels import IGNORED
-from optimum_stat.methods.fisher import FisherRanking, rearranged
+from optimum_stat.methods import fisher_tuning
+from optimum_stat.methods.fisher import FisherRanking, estimated_shrinkage, rearranged
 from optimum_stat.probes import Sensitivity, output_fisher, quiet, sensitivities
 from optimum_stat.slicing import consumer_columns
 
@@ -142,21 +143,40 @@ def test_the_search_is_optimal_for_the_diagonal(family: str, keep: float, budget
     assert lost == pytest.approx(best, rel=1e-9, abs=1e-12)
 
 
-def objective(gradients: Tensor, keep: Tensor) -> float:
-    gone = torch.ones(gradients.shape[1], dtype=torch.bool).index_fill_(0, keep, False)
-    return float(gradients[:, gone].sum(1).square().sum())
+def objective(gradients: Tensor, keep: Tensor, shrinkage: float = 0.0) -> float:
+    """`(1 - m)^T I (1 - m)`, with I's entries off the diagonal shrunk."""
+    fisher = gradients.T @ gradients
+    fisher = (1 - shrinkage) * fisher + shrinkage * fisher.diagonal().diag()
+    gone = torch.ones(len(fisher), dtype=fisher.dtype).index_fill_(0, keep, 0)
+    return float(gone @ fisher @ gone)
+
+
+def test_shrinkage_is_the_ratio_of_noise_to_what_is_there() -> None:
+    """Against every pair of units, one by one; and it vanishes with many examples of the same."""
+    gradients = torch.randn(7, 5, generator=torch.Generator().manual_seed(2), dtype=torch.float64) + 0.3
+    noise = there = 0.0
+    for i, j in itertools.permutations(range(5), 2):
+        products = gradients[:, i] * gradients[:, j]
+        noise += float(products.var(correction=1)) / 7  # the variance of their mean
+        there += float(products.mean()) ** 2
+    assert estimated_shrinkage(gradients) == pytest.approx(min(1.0, noise / there))
+    assert estimated_shrinkage(gradients.repeat(500, 1)) < 0.01
+    assert estimated_shrinkage(torch.randn(200, 50, generator=torch.Generator().manual_seed(1), dtype=torch.float64)) > 0.9
+    assert estimated_shrinkage(gradients[:1]) == estimated_shrinkage(torch.zeros(3, 4)) == 1.0
 
 
 @settings(max_examples=200, derandomize=True, deadline=None)
-@given(st.integers(1, 12), st.integers(1, 9), st.integers(0, 10_000), st.floats(0, 1))
-def test_exchanges_never_raise_their_objective_nor_change_the_number(units: int, examples: int, seed: int, share: float) -> None:
+@given(st.integers(1, 12), st.integers(1, 9), st.integers(0, 10_000), st.floats(0, 1), st.floats(0, 1))
+def test_exchanges_never_raise_their_objective_nor_change_the_number(
+    units: int, examples: int, seed: int, share: float, shrinkage: float
+) -> None:
     gradients = torch.randn(examples, units, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
     order = gradients.square().sum(0).argsort(descending=True)
     keep = order[: 1 + int(share * (units - 1))].sort().values
-    after = rearranged(gradients, keep)
+    after = rearranged(gradients, keep, shrinkage)
     assert len(after) == len(keep) == len(set(after.tolist()))
     assert after.tolist() == sorted(after.tolist())
-    assert objective(gradients, after) <= objective(gradients, keep) * (1 + 1e-9) + 1e-12
+    assert objective(gradients, after, shrinkage) <= objective(gradients, keep, shrinkage) * (1 + 1e-9) + 1e-12
 
 
 def test_exchanges_are_those_of_the_published_pass() -> None:
@@ -171,13 +191,14 @@ def test_exchanges_are_those_of_the_published_pass() -> None:
             tries = [objective(gradients, torch.tensor([u for u in range(10) if u not in gone or u == back])) for back in gone]
             gone.pop(tries.index(min(tries)))
         keep = torch.tensor(sorted(ascending[4:]))
-        assert sorted({*range(10)} - {*rearranged(gradients, keep).tolist()}) == sorted(gone)
+        assert sorted({*range(10)} - {*rearranged(gradients, keep, 0.0).tolist()}) == sorted(gone)
 
 
 def test_exchanges_see_units_that_cancel() -> None:
     """Two units that do the opposite of each other can go together, though neither can alone."""
     gradients = torch.tensor([[2.0, 0.0, -3.0, 9.0], [0.0, 3.0, 0.5, 9.0]], dtype=torch.float64)
-    assert rearranged(gradients, torch.tensor([2, 3])).tolist() == [1, 3]
+    assert rearranged(gradients, torch.tensor([2, 3]), 0.0).tolist() == [1, 3]
+    assert rearranged(gradients, torch.tensor([2, 3]), 1.0).tolist() == [2, 3]
 
 
 def streams(model: Any, group: Group, item: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
@@ -202,13 +223,16 @@ def scaled(group: Group, factors: Tensor) -> None:
     weight(group.consumer).mul_(factors.repeat_interleave(group.width))
 
 
-@pytest.mark.parametrize("ridge", [0.0, 0.05])
+@pytest.mark.parametrize("ridge", [1e-12, 0.05])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_factors_are_constrained_least_squares_towards_the_teacher(family: str, ridge: float) -> None:
+def test_factors_are_constrained_least_squares_towards_the_teacher(
+    family: str, ridge: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Layer by layer, against `lstsq` on the columns `vec(z_u W_u^T)`, with everything before the layer already tuned."""
+    monkeypatch.setattr(fisher_tuning, "RIDGES", (ridge,))
     model = tiny(family, use_cache=False).double()
     items = many(500)
-    pruner = FisherPruner(copy.deepcopy(model), FisherConfig(keep=0.6, round_to=1, ridge=ridge, rearrange=False))
+    pruner = FisherPruner(copy.deepcopy(model), FisherConfig(keep=0.6, round_to=1, rearrange=False))
     kept: dict[str, Tensor] = {}
     pruner.select = lambda ranking, sizes: kept.update(FisherPruner.select(pruner, ranking, sizes)) or kept  # type: ignore[method-assign,func-returns-value]
     pruner.prune(items)
@@ -233,6 +257,29 @@ def test_factors_are_constrained_least_squares_towards_the_teacher(family: str, 
         torch.testing.assert_close(weight(after.consumer), weight(own.consumer)[:, columns], rtol=1e-5, atol=1e-6)
 
 
+def test_the_ridge_is_the_one_that_fits_the_other_half_best() -> None:
+    """Against solving, and then measuring on rows that were not solved for, ridge by ridge."""
+    generator = torch.Generator().manual_seed(0)
+    for noise, wanted in ((0.0, 0.01), (50.0, 100.0)):
+        rows = [torch.randn(12, 6, generator=generator, dtype=torch.float64) for _ in range(2)]
+        ends = [z @ torch.ones(6).double() * 1.5 + noise * torch.randn(12, generator=generator).double() for z in rows]
+        errors = {}
+        for ridge in fisher_tuning.RIDGES:
+            errors[ridge] = 0.0
+            for (z, y), (other, wish) in (((rows[0], ends[0]), (rows[1], ends[1])), ((rows[1], ends[1]), (rows[0], ends[0]))):
+                damping = ridge**0.5 * torch.diag(z.norm(dim=0))
+                left, right = torch.cat([z, damping]), torch.cat([y, damping.diagonal()])
+                factors = torch.linalg.lstsq(left, right[:, None]).solution[:, 0]
+                errors[ridge] += float((other @ factors - wish).square().sum())
+        best = min(errors, key=lambda ridge: errors[ridge])
+        assert best == wanted
+        z, y = torch.cat(rows), torch.cat(ends)
+        normal = z.T @ z
+        expected = torch.linalg.solve(normal + best * normal.diagonal().diag(), z.T @ y - normal.sum(1))
+        systems = [(z.T @ z, z.T @ y - (z.T @ z).sum(1)) for z, y in zip(rows, ends, strict=True)]
+        torch.testing.assert_close(fisher_tuning._change(systems), expected, rtol=1e-6, atol=1e-9)
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_tuning_brings_the_network_closer_on_tokens_it_has_not_seen(family: str) -> None:
     held_out, ratios = batches((20,) * 12, batch_size=12, seed=9)[0], []
@@ -247,8 +294,6 @@ def test_tuning_brings_the_network_closer_on_tokens_it_has_not_seen(family: str)
 
 
 def test_a_failed_layer_ends_the_tuning_and_leaves_the_rest_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
-    from optimum_stat.methods import fisher_tuning
-
     plain = FisherPruner(tiny("bert"), FisherConfig(tune=False)).prune(many())
     monkeypatch.setattr(fisher_tuning, "LIMIT", 0.0)  # every factor is beyond it
     tuned = FisherPruner(tiny("bert"), FisherConfig()).prune(many())
@@ -290,7 +335,7 @@ def test_gradients_that_are_not_finite_are_refused_with_the_layer() -> None:
         pruner.prune([{**item, **own} for item, own in zip(items, labels or [], strict=True)])
 
 
-@pytest.mark.parametrize("wrong", [{"labels": "task"}, {"ridge": 1.0}, {"ridge": -0.1}, {"keep": 0.0}])
+@pytest.mark.parametrize("wrong", [{"labels": "task"}, {"latency_batch_size": 0}, {"keep": 0.0}])
 def test_a_config_that_no_run_could_honour_is_refused(wrong: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match="asked"):
         replace(FisherConfig(), **wrong)

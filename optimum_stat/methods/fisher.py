@@ -39,8 +39,6 @@ class FisherConfig(PruningConfig):
     """Exchange units within each layer by the whole Fisher matrix of the layer, not its diagonal alone."""
     tune: bool = True
     """Scale the heads and neurons that stay, layer by layer, towards a larger pruned network."""
-    ridge: float = 0.01
-    """Damping of the tuning's least squares, relative to the diagonal of its matrix, towards scales of 1."""
     published: bool = False
     """The published tuning instead of ours; set by `paper()`."""
 
@@ -49,8 +47,6 @@ class FisherConfig(PruningConfig):
         PruningConfig.__post_init__(self)
         if self.labels not in LABELS:
             raise ValueError(f"labels={self.labels!r} asked; it must be one of {', '.join(map(repr, LABELS))}.")
-        if not 0 <= self.ridge < 1:
-            raise ValueError(f"ridge={self.ridge} asked; it is relative to a diagonal and must lie in [0, 1).")
 
     @classmethod
     def paper(cls, keep: float = 0.5, budget: str = "macs") -> FisherConfig:
@@ -88,7 +84,8 @@ class FisherPruner(Pruner[FisherConfig]):
     stays gets the factor that brings the residual stream closest to that of a network pruned half as far (see `fisher_tuning`);
     folded into the consumer's weights, so nothing is left of the masks.
 
-    Differences from the source: per-example gradients and a ridge by default; one unit is one key/value head with its
+    Differences from the source: per-example gradients, a shrunk Fisher matrix, and a tuning that weighs channels and damps
+    factors, by default; one unit is one key/value head with its
     query heads; an exact knapsack, with at least one head and `round_to` neurons in every block, instead of a search that may
     leave the budget or empty a layer; latency from a measured table without fitting a line through it.
     """
@@ -161,26 +158,46 @@ class FisherPruner(Pruner[FisherConfig]):
         plan = Pruner.select(self, ranking, kept)
         if not self.config.rearrange:
             return plan
-        return {name: rearranged(ranking.gradients[name], keep) for name, keep in plan.items()}
+        shrinkage = (lambda _: 0.0) if self.config.published else estimated_shrinkage
+        return {name: rearranged(own, plan[name], shrinkage(own)) for name, own in ranking.gradients.items()}
 
     def repair(self, groups: list[Group], plan: Plan, batches: Batches) -> None:
         """Scale the columns of the consumers' weights that stay."""
         if self.config.tune and any(len(plan[group.name]) < group.units for group in groups):
-            ridge, metric = self.config.ridge, None if self.config.published else self._metric
-            fisher_tuning.Tuning(self.model, groups, batches, ridge, metric).run(plan, self._teacher)
+            metric = None if self.config.published else self._metric
+            fisher_tuning.Tuning(self.model, groups, batches, metric).run(plan, self._teacher)
 
 
 def _has_loss(model: PreTrainedModel, batches: Batches) -> bool:
     return batches.labels is not None or task_of(model) == "text-generation"
 
 
-def rearranged(gradients: Tensor, keep: Tensor) -> Tensor:
-    """`keep` [kept] after one pass of exchanges that lower `||sum of the gradients of the units that go||^2`.
+def estimated_shrinkage(gradients: Tensor) -> float:
+    """How far to shrink the off-diagonal entries of `gradients^T gradients` towards 0, in [0, 1].
 
-    gradients: [examples, units]. From the least important unit that stays to the most important: it joins the units that
-    go, and the one of these whose return leaves the least takes its place. Never worse than
-    before, as that may be the unit itself.
-    Source: 2204.09656, section 4.3, and the released code.
+    A few hundred examples say little about the entries between a thousand units, and exchanges would pick out what is noise.
+    The optimum in squared error is `sum_ij Var(I_ij) / sum_ij I_ij^2` over i != j, both estimated from the examples.
+    Source: Schaefer and Strimmer 2005 (target D, unequal variances), for second moments; ours, Kwon et al. do not shrink.
+    """
+    count = len(gradients)
+    if count < 2:
+        return 1.0
+    between = gradients @ gradients.T  # [examples, examples]: its norm is that of the matrix of all units
+    diagonal = gradients.square().sum(0)
+    squared_mean = float(between.square().sum() - diagonal.square().sum()) / count**2
+    mean_square = float((between.diagonal().square() - gradients.pow(4).sum(1)).sum()) / count
+    if squared_mean <= 0:
+        return 1.0
+    return min(1.0, max(0.0, (mean_square - squared_mean) / ((count - 1) * squared_mean)))
+
+
+def rearranged(gradients: Tensor, keep: Tensor, shrinkage: float) -> Tensor:
+    """`keep` [kept] after one pass of exchanges that lower `(1 - shrinkage) ||sum_u g_u||^2 + shrinkage sum_u ||g_u||^2`.
+
+    Sums over the units that go; gradients: [examples, units], g_u its columns. From the least important unit that stays to the
+    most important: it joins the units that go, and the one of these whose return leaves the least takes its place. Never worse
+    than before, as that may be the unit itself.
+    Source: 2204.09656, section 4.3, and the released code, without shrinkage.
     """
     units = gradients.shape[1]
     gone = torch.ones(units, dtype=torch.bool).index_fill_(0, keep.cpu(), False)
@@ -193,7 +210,8 @@ def rearranged(gradients: Tensor, keep: Tensor) -> Tensor:
         total = total + gradients[:, unit]
         candidates = gone.nonzero().flatten()
         # ||total - g_j||^2 = ||total||^2 - 2 total g_j + ||g_j||^2, for all j at once
-        back = int(candidates[(own[candidates] - 2 * (total @ gradients)[candidates]).argmin()])
+        together = own[candidates] - 2 * (total @ gradients)[candidates]
+        back = int(candidates[((1 - shrinkage) * together - shrinkage * own[candidates]).argmin()])
         gone[back] = False
         total = total - gradients[:, back]
     return (~gone).nonzero().flatten()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -16,6 +17,8 @@ from ..probes import on_consumer_input
 from ..slicing import Plan, consumer_columns, set_weight
 from ..walk import BlockWalk
 
+logger = logging.getLogger(__name__)
+RIDGES = (0.01, 0.1, 1.0, 10.0, 100.0)
 LIMIT = 10.0  # a factor beyond it is taken for a failure (the released code's guard)
 
 
@@ -24,12 +27,14 @@ class Tuning:
 
     For every consumer `y = z W^T`, with units u that stay and the residual stream x that y is added to, the factors solve
 
-        min_s || (sum_u s_u z_u W_u^T - (y_teacher + x_teacher - x)) F^(1/2) ||^2 + ridge * sum_u N_uu (s_u - 1)^2
+        min_s || (sum_u s_u z_u W_u^T - (y_teacher + x_teacher - x)) F^(1/2) ||^2 + ridge sum_u N_uu (s_u - 1)^2
 
     where z and x are those of the student, all of whose earlier layers have been tuned, and F, diagonal, is the squared
     gradient of the loss at the output: factors cannot bring every channel close, so they are to bring those close that matter.
     It needs only `N_uv = <G_uv, W_u^T F W_v>` and `r_u = <z_u W_u^T F, target>`, summed over tokens, with G the Gram matrix
-    of z. A factor beyond 10 ends the tuning: that layer and all later ones keep 1.
+    of z. Each layer's ridge is the one of `RIDGES` whose factors from one half of the tokens fit the other half best: with
+    few tokens, small units would take large factors for what earlier layers lost. A factor beyond 10 ends the tuning: that
+    layer and all later ones keep 1.
 
     Published (no metric given): all channels count alike; no ridge, but `s = 1 + (N^2 + I)^-1 N (r - N 1)`, to which the
     released code's LSMR(damp=1) on the normal matrix converges; the heads of the first block keep 1; the last MLP of a
@@ -38,10 +43,8 @@ class Tuning:
     Source: 2204.09656, section 4.4, and the released code.
     """
 
-    def __init__(
-        self, model: nn.Module, groups: list[Group], batches: Batches, ridge: float, metric: Mapping[str, Tensor] | None
-    ):
-        self.groups, self.ridge, self.metric, self.published = groups, ridge, metric, metric is None
+    def __init__(self, model: nn.Module, groups: list[Group], batches: Batches, metric: Mapping[str, Tensor] | None):
+        self.groups, self.metric, self.published = groups, metric, metric is None
         self.student, self.teacher = BlockWalk(model, batches), BlockWalk(model, batches)
         classifier = task_of(model) == "text-classification" and not is_causal(model)
         self.first_token_only = groups[-1].name if self.published and classifier else None
@@ -60,6 +63,7 @@ class Tuning:
                         continue
                     factors = self._factors(group, plan[group.name], wanted.pop(group.name))
                     if factors is None:
+                        logger.warning("Tuning ends before %s, whose factors went beyond %g.", group.name, LIMIT)
                         return self._fold(masks)
                     columns = consumer_columns(group, plan[group.name])
                     masks[group.name][columns] = factors.float().repeat_interleave(group.width)
@@ -93,7 +97,7 @@ class Tuning:
         kept = full.index_select(1, columns).to(torch.promote_types(full.dtype, torch.float32))
         root = torch.ones_like(kept[:, 0]) if self.metric is None else self.metric[group.name].to(kept).sqrt()
         kept = kept * root[:, None]
-        moments = _Moments.empty(len(columns), full.device)
+        halves = [_Moments.empty(len(columns), full.device) for _ in range(1 if self.published else 2)]
         stream: list[Tensor] = []
         counts = self._tokens_that_count(group)
 
@@ -106,18 +110,15 @@ class Tuning:
             if counts is not None:
                 here, counts = counts[: len(z)], counts[len(z) :]
                 z, missing = z[here], missing[here]
-            moments.add(z, missing, kept)
+            parts = zip(z.tensor_split(len(halves)), missing.tensor_split(len(halves)), strict=True)
+            for half, (some_z, some_missing) in zip(halves, parts, strict=True):
+                half.add(some_z, some_missing, kept)
 
         self.student.run(group.block, [_stream(group), group], see)
-        normal, toward = moments.of_units(kept.double(), len(keep), constant=self.published and group.structure == "heads")
-        rest = toward - normal.sum(1)
-        if self.published:
-            values, vectors = torch.linalg.eigh(normal)
-            change = vectors @ (values / (values.square() + 1) * (vectors.T @ rest))
-        else:
-            change = solve_psd(damped(normal, self.ridge), rest[:, None])[:, 0]
-        factors = 1 + change[: len(keep)]
-        return factors if bool((factors.abs() <= LIMIT).all()) else None
+        constant = self.published and group.structure == "heads"
+        systems = [half.of_units(kept.double(), len(keep), constant=constant) for half in halves]
+        change = _published_change(*systems[0])[: len(keep)] if self.published else _change(systems)
+        return 1 + change if bool(((1 + change).abs() <= LIMIT).all()) else None
 
     def _tokens_that_count(self, group: Group) -> Tensor | None:
         """Which of all real tokens are an example's first, where only these count; None: all count."""
@@ -156,16 +157,36 @@ class _Moments:
         self.entries += missing.numel()
 
     def of_units(self, kept: Tensor, units: int, *, constant: bool) -> tuple[Tensor, Tensor]:
-        """Normal matrix and right side of one factor a unit, and of one constant for all entries of the output."""
+        """Normal matrix, and right side less what factors of 1 give; for each unit, and one constant for all entries."""
         width = len(self.toward) // units
         normal = (symmetrize(self.gram) * (kept.T @ kept)).view(units, width, units, width).sum((1, 3))
         toward = self.toward.view(units, width).sum(1)
         if not constant:
-            return normal, toward
+            return normal, toward - normal.sum(1)
         beside = (self.column_sums * kept.sum(0)).view(units, width).sum(1)[:, None]
         corner = normal.new_full((1, 1), self.entries)
         normal = torch.cat([torch.cat([normal, beside], 1), torch.cat([beside.T, corner], 1)])
-        return normal, torch.cat([toward, self.missing_sum[None]])
+        return normal, torch.cat([toward, self.missing_sum[None]]) - normal.sum(1)
+
+
+def _change(halves: list[tuple[Tensor, Tensor]]) -> Tensor:
+    """Factors less 1, from all tokens, with the ridge that does best from one half of the tokens to the other."""
+
+    def error(ridge: float) -> float:
+        total = 0.0
+        for (normal, rest), (other_normal, other_rest) in (halves, halves[::-1]):
+            change = solve_psd(damped(normal, ridge), rest[:, None])[:, 0]
+            total += float(change @ (other_normal @ change - 2 * other_rest))
+        return total
+
+    (first, first_rest), (second, second_rest) = halves
+    return solve_psd(damped(first + second, min(RIDGES, key=error)), (first_rest + second_rest)[:, None])[:, 0]
+
+
+def _published_change(normal: Tensor, rest: Tensor) -> Tensor:
+    """`(N^2 + I)^-1 N rest`."""
+    values, vectors = torch.linalg.eigh(normal)
+    return vectors @ (values / (values.square() + 1) * (vectors.T @ rest))
 
 
 def _stream(group: Group) -> Group:
