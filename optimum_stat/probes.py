@@ -96,23 +96,29 @@ def output_fisher(model: nn.Module, groups: list[Group], batches: Batches, seed:
             inputs = {name: value.to(device_of(model)) for name, value in inputs.items()}
             mask = inputs["attention_mask"]
             num_tokens += int(mask.sum())
-            outputs, drawn = _drawn_gradients(model(**inputs), mask, generators)
+            outputs, drawn = drawn_gradients(model(**inputs), mask, generators)
             torch.autograd.backward(outputs, drawn)
     return {name: total / num_tokens for name, total in totals.items()}
 
 
 def _some_examples(batches: Batches) -> list[dict[str, Tensor]]:
-    """About FISHER_TOKENS tokens, spread evenly over the data, in small parts: backward passes need memory."""
+    """About FISHER_TOKENS tokens, spread evenly over the data."""
+    parts = small_parts(batches)
+    stride = max(1, batches.num_tokens // FISHER_TOKENS)
+    return parts[min(stride, len(parts)) // 2 :: stride]
+
+
+def small_parts(batches: Batches) -> list[dict[str, Tensor]]:
+    """All examples, about 512 tokens at a time: backward passes need memory."""
     parts = []
     for batch in batches:
         count, length = batch["input_ids"].shape
         for rows in torch.split(torch.arange(count), max(1, 512 // length)):
             parts.append({name: value[rows] for name, value in batch.items()})
-    stride = max(1, batches.num_tokens // FISHER_TOKENS)
-    return parts[min(stride, len(parts)) // 2 :: stride]
+    return parts
 
 
-def _drawn_gradients(output: Any, mask: Tensor, generators: list[torch.Generator]) -> tuple[list[Tensor], list[Tensor]]:
+def drawn_gradients(output: Any, mask: Tensor, generators: list[torch.Generator]) -> tuple[list[Tensor], list[Tensor]]:
     """The model's predictions and a random gradient for each, drawn from their Fisher information."""
     names = [name for name in ("logits", "start_logits", "end_logits") if name in output] or ["last_hidden_state"]
     outputs = [output[name] for name in names]

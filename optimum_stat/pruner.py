@@ -94,23 +94,37 @@ class Pruner(ABC, Generic[C]):
         batches = make_batches(
             dataset, model.config, config, causal=is_causal(model), tokenizer=self.tokenizer, text_columns=text_columns
         )
-        dense, stages = self._cost(batches), dict[str, Stage]()
-        groups = find_groups(model)
-        limit = self._limit(groups, batches)
+        dense, stages, groups = self._cost(batches), dict[str, Stage](), find_groups(model)
+        self._limit(config.keep, dense, batches)  # a budget out of reach is refused before any work
+        shots = self.schedule()
         # a caller's inference_mode would make the new weights unfit for training, and forbid the Fisher pass
         with torch.inference_mode(False), quiet(model), self._guard(model):
-            with timed(stages, "measure", device_of(model)):
-                stats = self.measure(groups, batches)
-                ranking = self.rank(groups, stats)
-            kept = self.allocate(groups, ranking, limit, batches)
-            plan = self.select(ranking, kept)
-            _warn_of_few_tokens(groups, kept, batches)
-            with timed(stages, "repair", device_of(model)):
-                self.repair(groups, plan, batches)
-                slice_model(model, plan)
+            for shot, keep in enumerate(shots, start=1):
+                suffix = f" {shot}" if len(shots) > 1 else ""
+                ranking, kept = self._shoot(keep, dense, batches, stages, suffix)
             write_record(model)
         self._report = self._make_report(groups, ranking, kept, batches, dense, stages)
         return model
+
+    def _shoot(
+        self, keep: float, dense: Cost, batches: Batches, stages: dict[str, Stage], suffix: str
+    ) -> tuple[Ranking, dict[str, int]]:
+        """Prune the model as it is now to `keep` of the dense one."""
+        groups, device = find_groups(self.model), device_of(self.model)
+        with timed(stages, f"measure{suffix}", device):
+            stats = self.measure(groups, batches)
+            ranking = self.rank(groups, stats)
+        kept = self.allocate(groups, ranking, self._limit(keep, dense, batches), batches)
+        plan = self.select(ranking, kept)
+        _warn_of_few_tokens(groups, kept, batches)
+        with timed(stages, f"repair{suffix}", device):
+            self.repair(groups, plan, batches)
+            slice_model(self.model, plan)
+        return ranking, kept
+
+    def schedule(self) -> Sequence[float]:
+        """The shares of the dense model to keep, shot after shot; the last is `config.keep`. Default: one shot."""
+        return (self.config.keep,)
 
     @abstractmethod
     def measure(self, groups: list[Group], batches: Batches) -> Iterable[tuple[Group, Any]]:
@@ -170,17 +184,17 @@ class Pruner(ABC, Generic[C]):
             self._model = None
             raise
 
-    def _limit(self, groups: list[Group], batches: Batches) -> float:
-        """What the kept units may cost together: the asked share of the blocks, less what no plan can remove."""
-        total = model_cost(self.model, self.config.budget, batches.seq_len)
+    def _limit(self, keep: float, dense: Cost, batches: Batches) -> float:
+        """What the kept units may cost together: the asked share of the dense blocks, less what no plan can remove."""
+        groups, budget = find_groups(self.model), self.config.budget
+        total = getattr(dense, f"block_{budget}")
         costs = self.unit_costs(groups, batches)
-        units = {group.name: group.units * costs[group.name] for group in groups}
         smallest = sum(options(group, self.config.round_to)[0] * costs[group.name] for group in groups)
-        fixed = total - sum(units.values())
-        limit = self.config.keep * total - fixed
+        fixed = model_cost(self.model, budget, batches.seq_len) - sum(group.units * costs[group.name] for group in groups)
+        limit = keep * total - fixed
         if limit < smallest:
             raise ValueError(
-                f"keep={self.config.keep} of {total:,} {self.config.budget} asked, but one head and "
+                f"keep={keep} of {total:,} {budget} asked, but one head and "
                 f"{self.config.round_to} neurons in every block already make {(smallest + fixed) / total:.4f}. "
                 "Keep more, or lower round_to."
             )

@@ -16,7 +16,7 @@ from optimum_stat.families import FAMILIES
 PACKAGE = Path(optimum_stat.__file__).parent
 LAYERS = (
     {"linalg", "families", "config", "autoload"},
-    {"rows", "data", "probes", "walk", "budget", "slicing", "structure"},
+    {"rows", "data", "probes", "walk", "budget", "slicing", "structure", "correction"},
     {"card", "report", "remote_code", "checkpoint"},
     {"pruner"},
     {"methods"},

@@ -6,5 +6,6 @@ from typing import Any
 
 from ..pruner import Pruner
 from .stat import STATPruner
+from .surgeon import SurgeonPruner
 
-METHODS: tuple[type[Pruner[Any]], ...] = (STATPruner,)
+METHODS: tuple[type[Pruner[Any]], ...] = (STATPruner, SurgeonPruner)

@@ -1,0 +1,135 @@
+"""The LLM Surgeon (2312.17244): Kronecker-factored curvature decides what goes and moves what stays, in several shots."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import ClassVar, final
+
+import torch
+from torch import Tensor, nn
+from transformers.utils.logging import tqdm
+
+from ..budget import Ranking
+from ..card import Paper
+from ..config import PruningConfig
+from ..correction import corrected_consumer, set_bias
+from ..data import Batches
+from ..families import Group, weight
+from ..linalg import backward_elimination, cholesky
+from ..pruner import Pruner
+from ..slicing import Plan, set_weight, slice_group
+from ..walk import BlockWalk
+from . import surgeon_published
+from .surgeon_curvature import LABELS, Factors, factors_by_block
+
+
+@dataclass(frozen=True)
+class SurgeonConfig(PruningConfig):
+    """The best recipe measured within the Surgeon's family; `SurgeonConfig.paper()` is the published algorithm."""
+
+    shots: int = 4
+    """How many times to measure, remove and correct; the share that is kept falls linearly. The paper takes 40 for one half."""
+    labels: str = "data"
+    """Whose labels the curvature is measured with: "data", the next tokens of the calibration data (the paper's empirical Fisher;
+    models without a language modelling head draw instead); "model", labels drawn from the model's own predictions."""
+    ridge: float = 0.01
+    """Damping of the factors: of their diagonals, or, where published, of the mean of their diagonals (the paper's value)."""
+    published: bool = False
+    """The published algorithm instead of ours; set by `paper()`."""
+
+    def __post_init__(self) -> None:
+        """Refuse values that no run could honour."""
+        PruningConfig.__post_init__(self)
+        if not isinstance(self.shots, int) or self.shots < 1:
+            raise ValueError(f"shots={self.shots!r} asked; it must be a whole number of at least 1.")
+        if self.labels not in LABELS:
+            raise ValueError(f"labels={self.labels!r} asked; it must be one of {', '.join(map(repr, LABELS))}.")
+        if not 0 <= self.ridge < 1:
+            raise ValueError(f"ridge={self.ridge} asked; it is relative to a diagonal and must lie in [0, 1).")
+
+    @classmethod
+    def paper(cls, keep: float = 0.5, budget: str = "params", shots: int = 40) -> SurgeonConfig:
+        """The published algorithm on coupled groups: costs of single units, one threshold, damping by the mean, 40 shots.
+
+        See `surgeon_published` for what coupling changes. Source: 2312.17244 and its authors' code of May 2024.
+        """
+        return cls(keep=keep, budget=budget, round_to=1, shots=shots, published=True)
+
+
+@final
+class SurgeonPruner(Pruner[SurgeonConfig]):
+    """Optimal brain surgeon with `F = G (x) A` for every layer, on units that make the model really smaller.
+
+    A unit (a head with what reads it, a neuron) is gone once its columns of the consumer `y = W z` are, and its producers' rows
+    then die for free, so its cost is that of the columns, `1/2 tr(W_B^T G W_B (A^-1_BB)^-1)`. Units go one after the other, each
+    time the cheapest after the best correction of the others, which gives an error curve for every group; one allocation
+    compares them. Then, block by block, each consumer is corrected by least squares (`W P_A`, G cancels) on the activations of
+    the already pruned network, its bias too. All of that happens once per shot, with fresh curvature.
+
+    Differences from the source: units instead of single rows and columns; costs that know what else goes, instead of those of
+    each alone; corrections that see the errors before them; damping relative to each channel instead of the mean of all.
+    """
+
+    method: ClassVar[str] = "surgeon"
+    config_class: ClassVar[type[PruningConfig]] = SurgeonConfig
+    paper: ClassVar[Paper] = Paper(
+        title="The LLM Surgeon",
+        authors="Tycho F. A. van der Ouderaa, Markus Nagel, Mart van Baalen, Yuki M. Asano, Tijmen Blankevoort",
+        year=2024,
+        arxiv="2312.17244",
+    )
+
+    def schedule(self) -> Sequence[float]:
+        """`1 - t (1 - keep) / shots` for t = 1 to `shots` (the paper's linear schedule)."""
+        gone, shots = 1 - self.config.keep, self.config.shots
+        return [*(1 - t * gone / shots for t in range(1, shots)), self.config.keep]
+
+    def measure(self, groups: list[Group], batches: Batches) -> Iterator[tuple[Group, Mapping[nn.Module, Factors]]]:
+        """Both factors of every consumer (published: and of the producers that decide), a few blocks in one pass."""
+        layers = {group.name: surgeon_published.layers(group) if self.config.published else [group.consumer] for group in groups}
+        by_block: dict[int, list[nn.Module]] = {}
+        for group in groups:
+            by_block.setdefault(group.block, []).extend(layers[group.name])
+        for block, factors in factors_by_block(self.model, by_block, batches, self.config.labels, self.config.seed):
+            for group in groups:
+                if group.block == block:
+                    yield group, {layer: factors.pop(layer) for layer in layers[group.name]}
+
+    def rank(self, groups: list[Group], stats: Iterable[tuple[Group, Mapping[nn.Module, Factors]]]) -> Ranking:
+        """Backward elimination in the metric of G per group (published: each unit's own cost)."""
+        order: dict[str, Tensor] = {}
+        error: dict[str, Tensor] = {}
+        for group, factors in tqdm(stats, total=len(groups), desc="Ranking", unit="group"):
+            if self.config.published:
+                order[group.name], error[group.name] = surgeon_published.rank(group, factors, self.config.ridge)
+            else:
+                order[group.name], error[group.name] = _elimination(group, factors[group.consumer], self.config.ridge)
+        return Ranking(order, error)
+
+    def repair(self, groups: list[Group], plan: Plan, batches: Batches) -> None:
+        """Correct each consumer on what the network before it has become, and slice it (published: on this shot's factors)."""
+        if self.config.published:
+            surgeon_published.update(self.measure(groups, batches), plan, self.config.ridge)
+            return
+        walk = BlockWalk(self.model, batches)
+        for index in walk.steps("Correcting"):
+            for group in groups:
+                if group.block == index and len(plan[group.name]) < group.units:
+                    corrected, bias = corrected_consumer(walk, group, plan[group.name], self.config.ridge, with_bias=True)
+                    slice_group(group, plan[group.name])
+                    set_weight(group.consumer, corrected)
+                    if bias is not None:
+                        set_bias(group.consumer, bias)
+            if index + 1 < len(walk.blocks):
+                walk.advance(index)
+
+
+def _elimination(group: Group, factors: Factors, ridge: float) -> tuple[Tensor, Tensor]:
+    """Order and error curve; a consumer with a bias can make up for what is constant, so only what varies counts."""
+    a, mean = factors.inputs[:-1, :-1], factors.inputs[-1, :-1]
+    gram = a - mean[:, None] * mean if isinstance(group.consumer.bias, Tensor) else a
+    scaled = cholesky(factors.gradients).T.to(torch.float32) @ weight(group.consumer).float()
+    # an order needs no more than single precision once the ridge bounds the condition number
+    order, error = backward_elimination(gram.float() if ridge >= 1e-3 else gram, scaled, group.width, ridge)
+    return order, error / 2
