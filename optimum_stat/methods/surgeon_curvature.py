@@ -85,7 +85,7 @@ def predicts_next_tokens(model: Any) -> bool:
 def next_token_gradient(logits: Tensor, ids: Tensor, mask: Tensor) -> Tensor:
     """Gradient at `logits` [examples, length, vocabulary] of the summed cross-entropy of each real token that follows another."""
     scored = (mask[:, 1:] * mask[:, :-1]).bool()
-    gradient = logits.detach().float().softmax(-1)
+    gradient = _single(logits.detach()).softmax(-1)
     gradient[:, :-1].scatter_add_(-1, ids[:, 1:, None], gradient.new_full((), -1).expand(*scored.shape, 1))
     gradient[:, :-1] *= scored[..., None]
     gradient[:, -1] = 0
