@@ -135,3 +135,42 @@ def test_dead_columns_cost_nothing_and_move_nothing() -> None:
     assert float(kfac.column_costs(weight, g, a_inverse)[1]) < 1e-6
     left = [0, 2, 3, 4, 5]
     torch.testing.assert_close(kfac.remove_columns(weight, a_inverse, torch.tensor([1]))[:, left], weight[:, left])
+
+
+@few
+@given(seeds)
+def test_elements_together_are_the_exact_joint_update(seed: int) -> None:
+    weight, g, a = _layer(seed)
+    gone = torch.rand(OUT, IN, generator=torch.Generator().manual_seed(seed)) < 0.5
+    loss, exact = _brute(weight, g, a, gone)
+    by_steps = kfac.remove_elements(weight, g, a, gone, tolerance=1e-10, max_steps=500)
+    in_one_run = kfac.remove_elements_in_runs(weight, torch.linalg.inv(g), torch.linalg.inv(a), gone, 10_000)
+    for found in (by_steps, in_one_run):
+        torch.testing.assert_close(found, exact, rtol=1e-6, atol=1e-7)
+        assert not found[gone].any()
+    assert _loss(g, a, exact - weight) == pytest.approx(loss)
+
+
+def test_longer_runs_of_elements_are_better_and_the_exact_update_is_best() -> None:
+    weight, g, a = _layer(5, 16, 24)
+    gone = torch.rand(16, 24, generator=torch.Generator().manual_seed(0)) < 0.4
+    inverses = torch.linalg.inv(g), torch.linalg.inv(a)
+    losses = [_loss(g, a, -weight * gone)]
+    losses += [_loss(g, a, kfac.remove_elements_in_runs(weight, *inverses, gone, n) - weight) for n in (1, 10, 60)]
+    losses.append(_loss(g, a, kfac.remove_elements(weight, g, a, gone) - weight))
+    assert losses[1] > losses[2] > losses[3] > losses[4]
+    assert losses[2] < losses[0]
+
+
+def test_a_run_is_the_exact_update_of_its_elements_on_the_weights_left_by_the_last() -> None:
+    weight, g, a = _layer(6)
+    gone = torch.zeros(OUT, IN, dtype=torch.bool)
+    gone[0, [1, 4]], gone[3, [0, 5]] = True, True
+    expected = weight
+    for run in ([(0, 1), (0, 4), (3, 0)], [(3, 5)]):
+        own = torch.zeros_like(gone)
+        own[tuple(zip(*run, strict=True))] = True
+        expected = _brute(expected, g, a, own)[1]
+    expected[gone] = 0
+    found = kfac.remove_elements_in_runs(weight, torch.linalg.inv(g), torch.linalg.inv(a), gone, 3)
+    torch.testing.assert_close(found, expected)
