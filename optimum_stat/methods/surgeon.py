@@ -18,9 +18,9 @@ from ..data import Batches
 from ..families import Group, weight
 from ..linalg import backward_elimination, cholesky
 from ..pruner import Pruner
-from ..slicing import Plan, set_weight, slice_group
+from ..slicing import Plan, set_weight, slice_group, slice_model
 from ..walk import BlockWalk
-from . import surgeon_published
+from . import surgeon_lora, surgeon_published
 from .surgeon_curvature import LABELS, Factors, factors_by_block
 
 
@@ -35,6 +35,9 @@ class SurgeonConfig(PruningConfig):
     models without a language modelling head draw instead); "model", labels drawn from the model's own predictions."""
     ridge: float = 0.01
     """Damping of the factors: of their diagonals, or, where published, of the mean of their diagonals (the paper's value)."""
+    lora_epochs: int = 0
+    """After every shot, train low-rank adapters for so many passes over the data and merge them: the paper's "first-order
+    corrections". Needs PEFT, and a causal language model."""
     published: bool = False
     """The published algorithm instead of ours; set by `paper()`."""
 
@@ -43,6 +46,8 @@ class SurgeonConfig(PruningConfig):
         PruningConfig.__post_init__(self)
         if not isinstance(self.shots, int) or self.shots < 1:
             raise ValueError(f"shots={self.shots!r} asked; it must be a whole number of at least 1.")
+        if not isinstance(self.lora_epochs, int) or self.lora_epochs < 0:
+            raise ValueError(f"lora_epochs={self.lora_epochs!r} asked; it must be a whole number of at least 0.")
         if self.labels not in LABELS:
             raise ValueError(f"labels={self.labels!r} asked; it must be one of {', '.join(map(repr, LABELS))}.")
         if not 0 <= self.ridge < 1:
@@ -87,6 +92,8 @@ class SurgeonPruner(Pruner[SurgeonConfig]):
 
     def measure(self, groups: list[Group], batches: Batches) -> Iterator[tuple[Group, Mapping[nn.Module, Factors]]]:
         """Both factors of every consumer (published: and of the producers that decide), a few blocks in one pass."""
+        if self.config.lora_epochs:
+            surgeon_lora.check(self.model)
         layers = {group.name: surgeon_published.layers(group) if self.config.published else [group.consumer] for group in groups}
         by_block: dict[int, list[nn.Module]] = {}
         for group in groups:
@@ -111,7 +118,15 @@ class SurgeonPruner(Pruner[SurgeonConfig]):
         """Correct each consumer on what the network before it has become, and slice it (published: on this shot's factors)."""
         if self.config.published:
             surgeon_published.update(self.measure(groups, batches), plan, self.config.ridge)
-            return
+            slice_model(self.model, plan)
+        else:
+            self._correct(groups, plan, batches)
+        if self.config.lora_epochs:
+            linears = {linear: None for g in groups for linear in (*(p.linear for p in g.producers), g.consumer)}
+            surgeon_lora.correct(self.model, linears, batches, self.config.lora_epochs, self.config.seed)
+
+    @torch.no_grad()
+    def _correct(self, groups: list[Group], plan: Plan, batches: Batches) -> None:
         walk = BlockWalk(self.model, batches)
         for index in walk.steps("Correcting"):
             for group in groups:
