@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import logging
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, Generic, TypeVar, final
 
 import torch
+from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from . import checkpoint
@@ -24,6 +27,7 @@ from .slicing import Plan, restored_on_error, slice_model
 from .structure import write_record
 
 logger = logging.getLogger(__name__)
+TimedStage = Callable[[str], AbstractContextManager[None]]
 C = TypeVar("C", bound=PruningConfig)
 P = TypeVar("P", bound="Pruner[Any]")
 
@@ -39,6 +43,11 @@ class Pruner(ABC, Generic[C]):
     paper: ClassVar[Paper]
     """What it implements; goes into the model card."""
     config_class: ClassVar[type[PruningConfig]]
+
+    @property
+    def counts(self) -> str:
+        """What the report's groups count: "units" that are sliced away, or "weights" that become zeros."""
+        return "units"
 
     def __init__(
         self,
@@ -94,37 +103,39 @@ class Pruner(ABC, Generic[C]):
         batches = make_batches(
             dataset, model.config, config, causal=is_causal(model), tokenizer=self.tokenizer, text_columns=text_columns
         )
-        dense, stages, groups = self._cost(batches), dict[str, Stage](), find_groups(model)
-        self._limit(config.keep, dense, batches)  # a budget out of reach is refused before any work
+        dense, stages, lines = self.cost(batches), dict[str, Stage](), list[tuple[GroupReport, ...]]()
+        self.check(dense, batches)
         shots = self.schedule()
         # a caller's inference_mode would make the new weights unfit for training, and forbid the Fisher pass
         with torch.inference_mode(False), quiet(model), self._guard(model):
             for shot, keep in enumerate(shots, start=1):
                 suffix = f" {shot}" if len(shots) > 1 else ""
-                ranking, kept = self._shoot(keep, dense, batches, stages, suffix)
+                lines.append(self.shoot(keep, dense, batches, partial(_stage, stages, suffix, device_of(model))))
             write_record(model)
-        self._report = self._make_report(groups, ranking, kept, batches, dense, stages)
+        self._report = self._make_report(lines, batches, dense, stages)
         return model
 
-    def _shoot(
-        self, keep: float, dense: Cost, batches: Batches, stages: dict[str, Stage], suffix: str
-    ) -> tuple[Ranking, dict[str, int]]:
-        """Prune the model as it is now to `keep` of the dense one."""
-        groups, device = find_groups(self.model), device_of(self.model)
-        with timed(stages, f"measure{suffix}", device):
+    def check(self, dense: Cost, batches: Batches) -> None:
+        """Refuse, before any work, what cannot be reached. Default: a budget below the smallest plan."""
+        self._limit(self.config.keep, dense, batches)
+
+    def schedule(self) -> Sequence[float]:
+        """The shares of the dense model to keep, shot after shot; the last is `config.keep`. Default: one shot."""
+        return (self.config.keep,)
+
+    def shoot(self, keep: float, dense: Cost, batches: Batches, stage: TimedStage) -> tuple[GroupReport, ...]:
+        """Prune the model, as it is now, to `keep` of the dense one."""
+        groups = find_groups(self.model)
+        with stage("measure"):
             stats = self.measure(groups, batches)
             ranking = self.rank(groups, stats)
         kept = self.allocate(groups, ranking, self._limit(keep, dense, batches), batches)
         plan = self.select(ranking, kept)
         _warn_of_few_tokens(groups, kept, batches)
-        with timed(stages, f"repair{suffix}", device):
+        with stage("repair"):
             self.repair(groups, plan, batches)
             slice_model(self.model, plan)
-        return ranking, kept
-
-    def schedule(self) -> Sequence[float]:
-        """The shares of the dense model to keep, shot after shot; the last is `config.keep`. Default: one shot."""
-        return (self.config.keep,)
+        return tuple(_line(group, ranking.error[group.name], kept[group.name]) for group in groups)
 
     @abstractmethod
     def measure(self, groups: list[Group], batches: Batches) -> Iterable[tuple[Group, Any]]:
@@ -204,26 +215,17 @@ class Pruner(ABC, Generic[C]):
         """What one unit of each group costs in the budget's currency."""
         return {g.name: unit_cost(self.model, g, self.config.budget, batches.seq_len) for g in groups}
 
-    def _cost(self, batches: Batches) -> Cost:
+    def cost(self, batches: Batches) -> Cost:
+        """The size of the model as it is now."""
         model = self.model
         params = sum(parameter.numel() for parameter in model.parameters())
         return Cost(params, *(model_cost(model, budget, batches.seq_len) for budget in ("params", "macs")))
 
     def _make_report(
-        self,
-        groups: list[Group],
-        ranking: Ranking,
-        kept: Mapping[str, int],
-        batches: Batches,
-        dense: Cost,
-        stages: dict[str, Stage],
+        self, lines: list[tuple[GroupReport, ...]], batches: Batches, dense: Cost, stages: dict[str, Stage]
     ) -> PruningReport:
-        pruned, budget = self._cost(batches), f"block_{self.config.budget}"
-        lines = []
-        for g in groups:
-            curve = ranking.error[g.name]
-            share = float(curve[kept[g.name]] / curve[0]) if curve[0] else 0.0
-            lines.append(GroupReport(g.name, g.units, kept[g.name], share))
+        pruned, budget = self.cost(batches), f"block_{self.config.budget}"
+        groups = tuple(replace(last, units=first.units) for first, last in zip(lines[0], lines[-1], strict=True))
         return PruningReport(
             method=self.method,
             keep=self.config.keep,
@@ -236,9 +238,18 @@ class Pruner(ABC, Generic[C]):
             fingerprint=batches.fingerprint,
             dense=dense,
             pruned=pruned,
-            groups=tuple(lines),
+            groups=groups,
+            counts=self.counts,
             stages=stages,
         )
+
+
+def _stage(stages: dict[str, Stage], suffix: str, device: torch.device, name: str) -> AbstractContextManager[None]:
+    return timed(stages, name + suffix, device)
+
+
+def _line(group: Group, curve: Tensor, kept: int) -> GroupReport:
+    return GroupReport(group.name, group.units, kept, float(curve[kept] / curve[0]) if curve[0] else 0.0)
 
 
 def _warn_of_few_tokens(groups: list[Group], kept: Mapping[str, int], batches: Batches) -> None:

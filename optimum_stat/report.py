@@ -21,7 +21,8 @@ class GroupReport:
     units: int
     kept: int
     error: float
-    """The predicted error at this size, as a share of the error of removing the whole group (0 if nothing was removed)."""
+    """The predicted error at this size, as a share of the error of removing the whole group (0 if nothing was removed). In
+    several shots, that of the last one."""
 
 
 @dataclass(frozen=True)
@@ -59,6 +60,8 @@ class PruningReport:
     dense: Cost
     pruned: Cost
     groups: tuple[GroupReport, ...]
+    counts: str = "units"
+    """What the groups count: "units" that were sliced away, or "weights" that became zeros in a model of the old shape."""
     stages: dict[str, Stage] = field(default_factory=dict)
 
     @property
