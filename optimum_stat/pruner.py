@@ -226,11 +226,14 @@ class Pruner(ABC, Generic[C]):
     ) -> PruningReport:
         pruned, budget = self.cost(batches), f"block_{self.config.budget}"
         groups = tuple(replace(last, units=first.units) for first, last in zip(lines[0], lines[-1], strict=True))
+        reached = getattr(pruned, budget) / getattr(dense, budget)
+        if self.counts == "weights":  # zeros of old are as good as new ones
+            reached = sum(group.kept for group in groups) / sum(group.units for group in groups)
         return PruningReport(
             method=self.method,
             keep=self.config.keep,
             budget=self.config.budget,
-            reached=getattr(pruned, budget) / getattr(dense, budget),
+            reached=reached,
             seq_len=batches.seq_len,
             num_tokens=batches.num_tokens,
             num_examples=batches.num_examples,

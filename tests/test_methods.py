@@ -26,7 +26,7 @@ RECIPES: dict[str, tuple[type[Pruner[Any]], Callable[..., PruningConfig]]] = {
     "stat-fisher": (STATPruner, lambda **asked: STATConfig(metric="fisher", **asked)),
     "stat-paper": (STATPruner, STATConfig.paper),
     "surgeon": (SurgeonPruner, lambda **asked: SurgeonConfig(**{"shots": 2, **asked})),
-    "surgeon-paper": (SurgeonPruner, lambda **asked: SurgeonConfig.paper(**{"shots": 2, **asked})),
+    "surgeon-paper": (SurgeonPruner, lambda **asked: SurgeonConfig.paper(**{"shots": 2, "structure": "units", **asked})),
 }
 """Every way of pruning that must hold the promises below; a new method adds its lines here."""
 TABLE = pytest.mark.parametrize(("recipe", "family"), [(recipe, family) for recipe in RECIPES for family in FAMILIES])

@@ -247,7 +247,9 @@ def test_the_schedule_is_linear_and_ends_where_it_was_asked_to() -> None:
     assert one.schedule() == [0.3]
 
 
-@pytest.mark.parametrize("config", [SurgeonConfig(keep=0.5, shots=3), SurgeonConfig.paper(0.5, shots=3)], ids=["ours", "paper"])
+@pytest.mark.parametrize(
+    "config", [SurgeonConfig(keep=0.5, shots=3), SurgeonConfig.paper(0.5, shots=3, structure="units")], ids=["ours", "paper"]
+)
 def test_every_shot_measures_the_model_as_it_is_and_meets_its_share(monkeypatch: pytest.MonkeyPatch, config: Any) -> None:
     model = tiny("llama")
     total, seen, units = model_cost(model, "params", 20), [], []
@@ -284,6 +286,10 @@ def test_a_budget_out_of_reach_is_refused_before_any_work(monkeypatch: pytest.Mo
         ({"shots": 0}, "shots=0 asked; it must be a whole number of at least 1"),
         ({"labels": "gold"}, "labels='gold' asked; it must be one of 'data', 'model'"),
         ({"ridge": 1.5}, r"ridge=1\.5 asked"),
+        ({"max_correlate": -3}, "max_correlate=-3 asked; it must be a whole number of at least 0"),
+        ({"structure": "rows"}, "structure='rows' asked; it must be one of 'units', 'elements', '2:4', 'lines'"),
+        ({"structure": "lines", "budget": "macs"}, "budget='macs' asked of lines: zeros are counted in params only"),
+        ({"structure": "2:4", "keep": 0.4}, r"keep=0\.4 asked of 2:4, which leaves half of the weights"),
     ],
 )
 def test_values_that_no_run_could_honour_are_refused(asked: dict[str, Any], message: str) -> None:
@@ -325,7 +331,7 @@ def test_published_costs_see_twins_only_after_one_of_them_is_gone() -> None:
 
     def loss(shots: int) -> float:
         model = redundant("llama")
-        pruner = SurgeonPruner.from_pretrained(model, SurgeonConfig.paper(0.75, "macs", shots))
+        pruner = SurgeonPruner.from_pretrained(model, SurgeonConfig.paper(0.75, "macs", shots, "units"))
         pruner.prune(many())
         held_out = batches((20,) * 10, seed=7)[0]
         return float((outputs(model, held_out) - outputs(redundant("llama"), held_out)).square().mean())

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar, final
 
 import torch
@@ -15,19 +15,25 @@ from ..card import Paper
 from ..config import PruningConfig
 from ..correction import corrected_consumer, set_bias
 from ..data import Batches
-from ..families import Group, weight
+from ..families import Group, find_groups, weight
 from ..linalg import backward_elimination, cholesky
-from ..pruner import Pruner
-from ..slicing import Plan, set_weight, slice_group, slice_model
+from ..pruner import Pruner, TimedStage
+from ..report import Cost, GroupReport
+from ..slicing import Plan, set_weight, slice_group
 from ..walk import BlockWalk
-from . import surgeon_lora, surgeon_published
+from . import surgeon_lora, surgeon_published, surgeon_sparse
 from .surgeon_curvature import LABELS, Factors, factors_by_block
+
+STRUCTURES = ("units", "elements", "2:4", "lines")
 
 
 @dataclass(frozen=True)
 class SurgeonConfig(PruningConfig):
     """The best recipe measured within the Surgeon's family; `SurgeonConfig.paper()` is the published algorithm."""
 
+    structure: str = "units"
+    """What goes: "units", whole heads and neurons, so that the model gets smaller; or, as zeros in a model of the old shape,
+    "elements", single weights; "2:4", two of every four in a row; "lines", rows and columns of each layer on its own."""
     shots: int = 4
     """How many times to measure, remove and correct; the share that is kept falls linearly. The paper takes 40 for one half."""
     labels: str = "data"
@@ -35,6 +41,8 @@ class SurgeonConfig(PruningConfig):
     models without a language modelling head draw instead); "model", labels drawn from the model's own predictions."""
     ridge: float = 0.01
     """Damping of the factors: of their diagonals, or, where published, of the mean of their diagonals (the paper's value)."""
+    max_correlate: int = 0
+    """How many of a layer's removed lines or weights are corrected together; 0: all of a shot (the paper takes 2,000 weights)."""
     lora_epochs: int = 0
     """After every shot, train low-rank adapters for so many passes over the data and merge them: the paper's "first-order
     corrections". Needs PEFT, and a causal language model."""
@@ -46,20 +54,30 @@ class SurgeonConfig(PruningConfig):
         PruningConfig.__post_init__(self)
         if not isinstance(self.shots, int) or self.shots < 1:
             raise ValueError(f"shots={self.shots!r} asked; it must be a whole number of at least 1.")
-        if not isinstance(self.lora_epochs, int) or self.lora_epochs < 0:
-            raise ValueError(f"lora_epochs={self.lora_epochs!r} asked; it must be a whole number of at least 0.")
+        for name in ("max_correlate", "lora_epochs"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or value < 0:
+                raise ValueError(f"{name}={value!r} asked; it must be a whole number of at least 0.")
+        if self.structure not in STRUCTURES:
+            raise ValueError(f"structure={self.structure!r} asked; it must be one of {', '.join(map(repr, STRUCTURES))}.")
+        if self.structure != "units" and self.budget != "params":
+            raise ValueError(f"budget={self.budget!r} asked of {self.structure}: zeros are counted in params only.")
+        if self.structure == "2:4" and self.keep < 0.5:
+            raise ValueError(f"keep={self.keep} asked of 2:4, which leaves half of the weights; ask for 0.5 or more.")
         if self.labels not in LABELS:
             raise ValueError(f"labels={self.labels!r} asked; it must be one of {', '.join(map(repr, LABELS))}.")
         if not 0 <= self.ridge < 1:
             raise ValueError(f"ridge={self.ridge} asked; it is relative to a diagonal and must lie in [0, 1).")
 
     @classmethod
-    def paper(cls, keep: float = 0.5, budget: str = "params", shots: int = 40) -> SurgeonConfig:
-        """The published algorithm on coupled groups: costs of single units, one threshold, damping by the mean, 40 shots.
+    def paper(cls, keep: float = 0.5, budget: str = "params", shots: int = 40, structure: str = "lines") -> SurgeonConfig:
+        """The published algorithm: costs of single lines or weights, one threshold, damping by the mean, 40 shots.
 
-        See `surgeon_published` for what coupling changes. Source: 2312.17244 and its authors' code of May 2024.
+        `structure="units"` is its form for coupled heads and neurons, see `surgeon_published`. Source: 2312.17244 and its
+        authors' code of May 2024, whose scripts correlate 2,000 weights at a time, and damp G ten times as much for them.
         """
-        return cls(keep=keep, budget=budget, round_to=1, shots=shots, published=True)
+        run = 2000 if structure in ("elements", "2:4") else 0
+        return cls(keep, budget, round_to=1, structure=structure, shots=shots, max_correlate=run, published=True)
 
 
 @final
@@ -85,6 +103,40 @@ class SurgeonPruner(Pruner[SurgeonConfig]):
         arxiv="2312.17244",
     )
 
+    @property
+    def counts(self) -> str:
+        """Units, or weights where they become zeros."""
+        return "units" if self.config.structure == "units" else "weights"
+
+    def check(self, dense: Cost, batches: Batches) -> None:
+        """Refuse what no shot could do."""
+        if self.config.lora_epochs:
+            surgeon_lora.check(self.model)
+        if self.config.structure == "units":
+            Pruner.check(self, dense, batches)
+        elif self.config.structure == "2:4":
+            surgeon_sparse.check(self.model)
+
+    def cost(self, batches: Batches) -> Cost:
+        """The size of the model as it is now; zeros do not count as parameters where they are the point."""
+        cost = Pruner.cost(self, batches)
+        if self.counts == "units":
+            return cost
+        left, every = surgeon_sparse.nonzeros(self.model)
+        return replace(cost, params=cost.params - every + left, block_params=left)
+
+    def shoot(self, keep: float, dense: Cost, batches: Batches, stage: TimedStage) -> tuple[GroupReport, ...]:
+        """Prune the model, as it is now, to `keep` of the dense one, and correct it."""
+        if self.counts == "units":
+            lines = Pruner.shoot(self, keep, dense, batches, stage)
+        else:
+            lines = surgeon_sparse.shoot(self.model, keep, batches, self.config, stage)
+        if self.config.lora_epochs:
+            with stage("low-rank corrections"):
+                linears = {linear: None for group in find_groups(self.model) for linear in surgeon_sparse.linears_of(group)}
+                surgeon_lora.correct(self.model, linears, batches, self.config.lora_epochs, self.config.seed)
+        return lines
+
     def schedule(self) -> Sequence[float]:
         """`1 - t (1 - keep) / shots` for t = 1 to `shots` (the paper's linear schedule)."""
         gone, shots = 1 - self.config.keep, self.config.shots
@@ -92,8 +144,6 @@ class SurgeonPruner(Pruner[SurgeonConfig]):
 
     def measure(self, groups: list[Group], batches: Batches) -> Iterator[tuple[Group, Mapping[nn.Module, Factors]]]:
         """Both factors of every consumer (published: and of the producers that decide), a few blocks in one pass."""
-        if self.config.lora_epochs:
-            surgeon_lora.check(self.model)
         layers = {group.name: surgeon_published.layers(group) if self.config.published else [group.consumer] for group in groups}
         by_block: dict[int, list[nn.Module]] = {}
         for group in groups:
@@ -114,19 +164,12 @@ class SurgeonPruner(Pruner[SurgeonConfig]):
                 order[group.name], error[group.name] = _elimination(group, factors[group.consumer], self.config.ridge)
         return Ranking(order, error)
 
+    @torch.no_grad()
     def repair(self, groups: list[Group], plan: Plan, batches: Batches) -> None:
         """Correct each consumer on what the network before it has become, and slice it (published: on this shot's factors)."""
         if self.config.published:
-            surgeon_published.update(self.measure(groups, batches), plan, self.config.ridge)
-            slice_model(self.model, plan)
-        else:
-            self._correct(groups, plan, batches)
-        if self.config.lora_epochs:
-            linears = {linear: None for g in groups for linear in (*(p.linear for p in g.producers), g.consumer)}
-            surgeon_lora.correct(self.model, linears, batches, self.config.lora_epochs, self.config.seed)
-
-    @torch.no_grad()
-    def _correct(self, groups: list[Group], plan: Plan, batches: Batches) -> None:
+            surgeon_published.update(self.measure(groups, batches), plan, self.config.ridge, self.config.max_correlate)
+            return
         walk = BlockWalk(self.model, batches)
         for index in walk.steps("Correcting"):
             for group in groups:

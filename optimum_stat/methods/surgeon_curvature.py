@@ -7,6 +7,7 @@ ending with the constant 1, and `G = E[g g^T]`, g the gradient of the loss at y.
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -15,6 +16,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers.utils.logging import tqdm
 
@@ -51,6 +54,36 @@ def factors_by_block(
         found = measure_factors(model, now[0], [linear for block in now for linear in linears[block]], batches, labels, seed)
         for block in now:
             yield block, {linear: found.pop(linear) for linear in linears[block]}
+
+
+@contextmanager
+def kept_factors(
+    model: nn.Module, linears: Mapping[int, Sequence[nn.Module]], batches: Batches, labels: str, seed: int
+) -> Iterator[Callable[[int], dict[nn.Module, Factors]]]:
+    """A function that gives a block's factors as often as wanted, measured once: from memory if all fit, else from a folder."""
+    found = factors_by_block(model, linears, batches, labels, seed)
+    if len(linears) <= _blocks_at_once(model, linears):
+        yield dict(found).__getitem__
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        for block, factors in found:
+            _write(Path(folder, str(block)), linears[block], factors)
+        yield lambda block: _read(Path(folder, str(block)), linears[block])
+
+
+def _write(path: Path, linears: Sequence[nn.Module], factors: Mapping[nn.Module, Factors]) -> None:
+    """Tensors by the layer's place in its block; a shared one is written once, under its first reader's."""
+    first = [[factors[one].inputs is factors[two].inputs for two in linears].index(True) for one in linears]
+    inputs = {f"inputs.{i}": factors[linears[i]].inputs.cpu() for i in set(first)}
+    gradients = {f"gradients.{i}": factors[linear].gradients.cpu() for i, linear in enumerate(linears)}
+    save_file(inputs | gradients, path, {"shared": " ".join(map(str, first))})
+
+
+def _read(path: Path, linears: Sequence[nn.Module]) -> dict[nn.Module, Factors]:
+    with safe_open(path, "pt", device=str(weight(linears[0]).device)) as stored:
+        first = stored.metadata()["shared"].split()
+        inputs = {i: stored.get_tensor(f"inputs.{i}") for i in set(first)}
+        return {linear: Factors(inputs[first[i]], stored.get_tensor(f"gradients.{i}")) for i, linear in enumerate(linears)}
 
 
 def measure_factors(

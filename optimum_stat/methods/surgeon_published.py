@@ -47,7 +47,9 @@ def rank(group: Group, factors: Mapping[nn.Module, Factors], damping: float) -> 
 
 
 @torch.no_grad()
-def update(stats: Iterable[tuple[Group, Mapping[nn.Module, Factors]]], plan: Plan, damping: float) -> None:
+def update(
+    stats: Iterable[tuple[Group, Mapping[nn.Module, Factors]]], plan: Plan, damping: float, max_correlate: int = 0
+) -> None:
     """Correct, in every group, the layer on whose side each unit goes; nothing changes before all has been measured."""
     waiting = []
     for group, factors in stats:
@@ -56,7 +58,8 @@ def update(stats: Iterable[tuple[Group, Mapping[nn.Module, Factors]]], plan: Pla
         for index, side in enumerate(_sides(group)):
             lines = side.lines[gone & (cheapest == index)].flatten()
             if len(lines):
-                waiting.append((side.linear, _updated(side.linear, lines, factors[side.linear], damping, consumer=index == 0)))
+                own = factors[side.linear]
+                waiting.append((side.linear, _updated(side.linear, lines, own, damping, max_correlate, consumer=index == 0)))
     for linear, (value, bias) in waiting:
         set_weight(linear, value)
         if bias is not None:
@@ -88,14 +91,16 @@ def _costs(group: Group, factors: Mapping[nn.Module, Factors], damping: float) -
     return torch.stack(costs)
 
 
-def _updated(linear: nn.Module, lines: Tensor, factors: Factors, damping: float, consumer: bool) -> tuple[Tensor, Tensor | None]:
+def _updated(
+    linear: nn.Module, lines: Tensor, factors: Factors, damping: float, max_correlate: int, consumer: bool
+) -> tuple[Tensor, Tensor | None]:
     """(weight, bias or None) without `lines`, of the layer's old shapes."""
     value, a = _with_bias(linear, factors)
     lines = lines.to(value.device)
     if consumer:
-        value = remove_columns(value, damped_inverse(a, damping), lines)
+        value = remove_columns(value, damped_inverse(a, damping), lines, max_correlate)
     else:
-        value = remove_rows(value, damped_inverse(factors.gradients, damping), lines)
+        value = remove_rows(value, damped_inverse(factors.gradients, damping), lines, max_correlate)
     value = value.to(weight(linear).dtype)
     return (value[:, :-1], value[:, -1]) if isinstance(linear.bias, Tensor) else (value, None)
 
