@@ -42,14 +42,14 @@ def main() -> None:
     parser.add_argument("--windows", type=int, default=16)
     args = parser.parse_args()
     extra: dict[str, Any] = {"gguf_file": args.gguf_file} if args.gguf_file else {}
-    rows = []
+    rows, floor = [], 0.0
     for run in args.runs:
         recipe, keep, fields = parse(run)
         pruner = make(recipe, keep, fields, args.model, dtype=torch.float32, **extra)
         windows = calibration(pruner.tokenizer, args.data, args.windows)
         if not rows:
             rows.append(("dense", "1.0", f"{perplexity(pruner.model, pruner.tokenizer, args.data):.2f}", "", "", ""))
-        floor = forward_seconds(pruner.model, [{"input_ids": part} for part in windows.split(8)])
+            floor = forward_seconds(pruner.model, [{"input_ids": part} for part in windows.split(8)])
         if recipe in ("sparsegpt", "wanda"):
             start = time.perf_counter()
             reached = prune_to_half(pruner, windows, recipe, fields["structure"])

@@ -36,9 +36,9 @@ class SurgeonConfig(PruningConfig):
     "elements", single weights; "2:4", two of every four in a row; "lines", rows and columns of each layer on its own."""
     shots: int = 4
     """How many times to measure, remove and correct; the share that is kept falls linearly. The paper takes 40 for one half."""
-    labels: str = "data"
-    """Whose labels the curvature is measured with: "data", the next tokens of the calibration data (the paper's empirical Fisher;
-    models without a language modelling head draw instead); "model", labels drawn from the model's own predictions."""
+    labels: str = "model"
+    """Whose labels the curvature is measured with: "model", drawn from the model's own predictions; "data", the next tokens of
+    the calibration data (the paper's empirical Fisher; models without a language modelling head draw instead)."""
     ridge: float = 0.01
     """Damping of the factors: of their diagonals, or, where published, of the mean of their diagonals (the paper's value)."""
     max_correlate: int = 0
@@ -77,7 +77,7 @@ class SurgeonConfig(PruningConfig):
         authors' code of May 2024, whose scripts correlate 2,000 weights at a time, and damp G ten times as much for them.
         """
         run = 2000 if structure in ("elements", "2:4") else 0
-        return cls(keep, budget, round_to=1, structure=structure, shots=shots, max_correlate=run, published=True)
+        return cls(keep, budget, round_to=1, structure=structure, shots=shots, labels="data", max_correlate=run, published=True)
 
 
 @final
