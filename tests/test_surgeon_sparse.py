@@ -61,6 +61,9 @@ def test_the_share_is_met_and_everything_else_stays(family: str, structure: str,
     for (name, one), two in zip(model.named_parameters(), dense.parameters(), strict=True):
         assert id(one) in own or torch.equal(one, two), name
     pruner.save_pretrained(tmp_path / "sparse")
+    card = (tmp_path / "sparse" / "README.md").read_text()
+    assert "weights were set to zero and the others corrected" in card
+    assert "attention weights kept" in card
     loaded = type(model).from_pretrained(tmp_path / "sparse")
     assert torch.equal(outputs(loaded, many(20)[0]), outputs(model, many(20)[0]))
     assert [int(weight(linear).count_nonzero()) for linear in layers_of(loaded)] == [int(v.count_nonzero()) for v in weights]
