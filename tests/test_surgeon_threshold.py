@@ -72,6 +72,19 @@ def test_overlap_of_rows_and_columns_counts_once(seed: int, num_gone: int) -> No
     assert found == exact
 
 
+@few
+@given(seeds, st.integers(0, 54), st.booleans())
+def test_every_layer_may_lose_the_same_share(seed: int, num_gone: int, of_four: bool) -> None:
+    costs, threshold = layers(seed, ties=False), ElementThreshold(of_four, per_layer=True)
+    for cost in costs:
+        threshold.see(cost)
+    threshold.settle(num_gone)
+    share, step = num_gone / sum(cost.numel() for cost in costs), 2 if of_four else 1
+    for cost in costs:
+        gone = int(threshold.mask(cost).sum())
+        assert share * cost.numel() - 1e-6 <= gone < share * cost.numel() + 2 * step
+
+
 def test_nothing_asked_nothing_gone() -> None:
     rows, columns = torch.zeros(3), torch.zeros(4)
     lines, elements = LineThreshold(), ElementThreshold()

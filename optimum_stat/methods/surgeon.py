@@ -187,7 +187,9 @@ def _elimination(group: Group, factors: Factors, ridge: float) -> tuple[Tensor, 
     """Order and error curve; a consumer with a bias can make up for what is constant, so only what varies counts."""
     a, mean = factors.inputs[:-1, :-1], factors.inputs[-1, :-1]
     gram = a - mean[:, None] * mean if isinstance(group.consumer.bias, Tensor) else a
-    scaled = cholesky(factors.gradients).T.to(torch.float32) @ weight(group.consumer).float()
+    full = weight(group.consumer)
+    full = full.to(torch.promote_types(full.dtype, torch.float32))
+    scaled = cholesky(factors.gradients).T.to(full.dtype) @ full
     # an order needs no more than single precision once the ridge bounds the condition number
     order, error = backward_elimination(gram.float() if ridge >= 1e-3 else gram, scaled, group.width, ridge)
     return order, error / 2

@@ -2,7 +2,8 @@
 
 Every linear layer of the blocks takes part; its bias does not (the paper prunes one like a column) but is corrected. Masks are
 those of the full matrices, so that nothing dead or absent can shift the groups of four. The model keeps its shapes and is saved
-with its zeros; what is empty stays empty in later shots, because it costs nothing.
+with its zeros; what is empty stays empty in later shots, because it costs nothing. Every layer loses the same share of single
+weights and of groups of four (published: what costs least over all layers goes, which was far worse, see CHANGELOG).
 """
 
 from __future__ import annotations
@@ -64,7 +65,9 @@ def shoot(model: nn.Module, keep: float, batches: Batches, config: SurgeonConfig
     layers: dict[int, list[nn.Module]] = {}
     for group in groups:
         layers.setdefault(group.block, []).extend(linears_of(group))
-    threshold = LineThreshold() if config.structure == "lines" else ElementThreshold(config.structure == "2:4")
+    threshold = (
+        LineThreshold() if config.structure == "lines" else ElementThreshold(config.structure == "2:4", not config.published)
+    )
     with ExitStack() as stack:
         with stage("measure"):
             load = stack.enter_context(kept_factors(model, layers, batches, config.labels, config.seed))

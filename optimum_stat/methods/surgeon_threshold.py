@@ -1,10 +1,12 @@
-"""One threshold over all layers: what lies below it goes. Each layer is seen twice, and only counts are kept in between.
+"""One threshold over all layers, or one per layer: what lies below goes. Layers are seen twice; only counts are kept in between.
 
 Source: The LLM Surgeon (2312.17244), section 3.3, and its authors' `threshold.py`. Difference: exactly as many weights go as were
 asked, ties or not.
 """
 
 from __future__ import annotations
+
+import math
 
 import torch
 from torch import Tensor
@@ -13,10 +15,13 @@ BITS = 11  # of a float32 cost that do not count for its bin: bins differ by one
 
 
 class ElementThreshold:
-    """For costs of single weights [out, in], all at least 0; `of_four`: of the two cheapest of each four, which go together."""
+    """For costs of single weights [out, in], all at least 0; `of_four`: of the two cheapest of each four, which go together.
 
-    def __init__(self, of_four: bool = False):
-        self.of_four = of_four
+    `per_layer`: the same share of every layer, instead of what costs least over all layers.
+    """
+
+    def __init__(self, of_four: bool = False, per_layer: bool = False):
+        self.of_four, self.per_layer, self._share = of_four, per_layer, 0.0
         self._counts = torch.zeros(1 << (31 - BITS), dtype=torch.int64)
         self._bin = self._left = 0
 
@@ -27,6 +32,10 @@ class ElementThreshold:
     def settle(self, num_gone: int) -> None:
         """Find the level at which at least `num_gone` weights go, and no more than one pair further."""
         wanted = -(-num_gone // 2) if self.of_four else num_gone
+        self._share = wanted / max(1, int(self._counts.sum()))
+        self._find(wanted)
+
+    def _find(self, wanted: int) -> None:
         below = self._counts.cumsum(0)
         self._bin = int(torch.searchsorted(below, wanted))  # the first bin with which enough has gone
         self._left = wanted - (int(below[self._bin - 1]) if self._bin else 0)
@@ -35,6 +44,9 @@ class ElementThreshold:
         """What goes of a layer, [out, in]; show the layers in one order, each once, with the costs that were seen."""
         grouped = self._grouped(costs)
         bins = _bins(grouped)
+        if self.per_layer:
+            self._counts = torch.bincount(bins.flatten(), minlength=len(self._counts)).cpu()
+            self._find(math.ceil(self._share * bins.numel() - 1e-6))
         chosen = bins < self._bin
         on_edge = (bins == self._bin).flatten().nonzero().flatten()[: self._left]
         self._left -= len(on_edge)
