@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from .methods.fisher import FisherPruner as FisherPruner
     from .methods.stat import STATConfig as STATConfig
     from .methods.stat import STATPruner as STATPruner
+    from .methods.surgeon import SurgeonConfig as SurgeonConfig
+    from .methods.surgeon import SurgeonPruner as SurgeonPruner
     from .pruner import Pruner as Pruner
 
 __version__ = "0.1.0.dev0"
@@ -28,8 +30,20 @@ _HOME = {
     "PruningConfig": "config",
     "STATConfig": "methods.stat",
     "STATPruner": "methods.stat",
+    "SurgeonConfig": "methods.surgeon",
+    "SurgeonPruner": "methods.surgeon",
 }
-__all__ = ["FisherConfig", "FisherPruner", "Pruner", "PruningConfig", "STATConfig", "STATPruner", "__version__"]
+__all__ = [
+    "FisherConfig",
+    "FisherPruner",
+    "Pruner",
+    "PruningConfig",
+    "STATConfig",
+    "STATPruner",
+    "SurgeonConfig",
+    "SurgeonPruner",
+    "__version__",
+]
 
 
 def __getattr__(name: str) -> Any:

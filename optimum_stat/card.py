@@ -61,6 +61,7 @@ def render(recipe: dict[str, Any], repo_id: str, paper: Paper) -> str:
         auto_class=_auto_class(recipe["architecture"]),
         layers=_layers(report["groups"]),
         grouped=recipe["record"]["heads"] != recipe["record"]["key_value_heads"],
+        zeros=report.get("counts") == "weights",
         config_json=json.dumps(recipe["config"]),
         asks=_asks(recipe["config"]),
     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import itertools
+import logging
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -20,6 +21,7 @@ from optimum_stat.families import task_of
 from optimum_stat.labels import IGNORED, POSITIONS, why_none
 from optimum_stat.rows import INPUTS, Rows, tensors
 
+logger = logging.getLogger(__name__)
 SEQ_LEN = 512  # when the user asks for none and the model takes as many
 LABELS = ("labels", *POSITIONS)
 PIECE = 1 << 16  # characters given to the tokenizer at once: one row may be a whole book
@@ -42,6 +44,17 @@ class Batches:
     """What the data was, in one line."""
     labels: tuple[dict[str, Tensor], ...] | None = None
     """One dict an item, under the names that the model's forward has (`labels`, `start_positions`, ...); None: no labels."""
+
+    def warn_if_few(self, columns: int) -> None:
+        """Warn if there are fewer than 10 real tokens for each of `columns`, the unknowns of a least-squares problem."""
+        if self.num_tokens < 10 * columns:
+            logger.warning(
+                "%s calibration tokens for up to %s kept columns are %.1f tokens each; below 10 the corrections fit noise. "
+                "Give more data, or raise num_tokens.",
+                f"{self.num_tokens:,}",
+                f"{columns:,}",
+                self.num_tokens / columns,
+            )
 
     def __iter__(self) -> Iterator[dict[str, Tensor]]:
         return iter(self.items)

@@ -62,9 +62,19 @@ class LatencyTable:
     times: Mapping[str, Sequence[int]]
     """Group name -> the time of its block with that many of its units and all others: one for each size."""
 
-    def costs(self) -> dict[str, list[int]]:
-        """What each size costs more than the group's fastest one."""
-        return {name: [each - min(times) for each in times] for name, times in self.times.items()}
+    @property
+    def fixed(self) -> int:
+        """Nanoseconds that no plan can save."""
+        return self.total - sum(times[-1] - min(times) for times in self.times.values())
+
+    def choices(self, groups: Sequence[Group]) -> tuple[dict[str, list[int]], dict[str, list[int]]]:
+        """What each size that a group still has costs more than the dense group's fastest one; and these sizes."""
+        costs, sizes = {}, {}
+        for group in groups:
+            times, fastest = self.times[group.name], min(self.times[group.name])
+            sizes[group.name] = [size for size in self.sizes[group.name] if size <= group.units]
+            costs[group.name] = [each - fastest for each in times[: len(sizes[group.name])]]
+        return costs, sizes
 
     def predicted(self, kept: Mapping[str, int]) -> int:
         """Nanoseconds of the whole model with these sizes: what every group saves of its block adds up."""

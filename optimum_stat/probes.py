@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers.utils.logging import tqdm
 
 from .data import Batches
-from .families import Group, weight
+from .families import Group, task_of, weight
 from .labels import loss_gradients
 
 Visit = Callable[[Group, Tensor], Tensor | None]
@@ -98,25 +98,32 @@ def output_fisher(model: nn.Module, groups: list[Group], batches: Batches, seed:
             inputs = {name: value.to(device_of(model)) for name, value in inputs.items()}
             mask = inputs["attention_mask"]
             num_tokens += int(mask.sum())
-            outputs, drawn = _drawn_gradients(model(**inputs), mask, generators)
+            outputs, drawn = drawn_gradients(model(**inputs), mask, generators)
             torch.autograd.backward(outputs, drawn)
     return {name: total / num_tokens for name, total in totals.items()}
 
 
 def _some_examples(batches: Batches) -> list[dict[str, Tensor]]:
     """About FISHER_TOKENS tokens, spread evenly over the data."""
-    parts = [inputs for inputs, _ in _small_parts(batches)]
+    parts = [inputs for inputs, _ in small_parts(batches)]
     stride = max(1, batches.num_tokens // FISHER_TOKENS)
     return parts[min(stride, len(parts)) // 2 :: stride]
 
 
-def _small_parts(batches: Batches) -> Iterator[tuple[dict[str, Tensor], dict[str, Tensor] | None]]:
-    """Inputs and labels of all examples, in their order, at most 512 tokens at a time: backward passes need memory."""
+def small_parts(batches: Batches) -> list[tuple[dict[str, Tensor], dict[str, Tensor] | None]]:
+    """Inputs and labels of all examples, in their order, about 512 tokens at a time: backward passes need memory."""
+    parts = []
     for batch, labels in zip(batches, batches.labels or [None] * len(batches), strict=True):
         count, length = batch["input_ids"].shape
         for rows in torch.split(torch.arange(count), max(1, 512 // length)):
             own = None if labels is None else {name: value[rows] for name, value in labels.items()}
-            yield {name: value[rows] for name, value in batch.items()}, own
+            parts.append(({name: value[rows] for name, value in batch.items()}, own))
+    return parts
+
+
+def has_loss(model: nn.Module, batches: Batches) -> bool:
+    """Whether the data says what the model is to predict: its labels do, or, for causal language models, its next tokens."""
+    return batches.labels is not None or task_of(model) == "text-generation"
 
 
 @dataclass(frozen=True)
@@ -158,18 +165,18 @@ def sensitivities(
 
     hooks = on_consumer_input(groups, watch), on_output_gradient(groups, add_output), _differentiable_embeddings(model)
     with torch.enable_grad(), hooks[0], hooks[1], hooks[2]:
-        for inputs, labels in tqdm(list(_small_parts(batches)), desc="Gradients", unit="batch"):
+        for inputs, labels in tqdm(small_parts(batches), desc="Gradients", unit="batch"):
             inputs = {name: value.to(device_of(model)) for name, value in inputs.items()}
             mask = inputs["attention_mask"]
             output = model(**inputs)
             if from_labels:
                 torch.autograd.backward(*loss_gradients(model, output, inputs, labels))
             else:
-                torch.autograd.backward(*_drawn_gradients(output, mask, generators))
+                torch.autograd.backward(*drawn_gradients(output, mask, generators))
     return {name: Sensitivity(torch.cat(parts), output_sums[name]) for name, parts in masks.items()}
 
 
-def _drawn_gradients(output: Any, mask: Tensor, generators: list[torch.Generator]) -> tuple[list[Tensor], list[Tensor]]:
+def drawn_gradients(output: Any, mask: Tensor, generators: list[torch.Generator]) -> tuple[list[Tensor], list[Tensor]]:
     """The model's predictions and a random gradient for each, drawn from their Fisher information."""
     names = [name for name in ("logits", "start_logits", "end_logits") if name in output] or ["last_hidden_state"]
     outputs = [output[name] for name in names]

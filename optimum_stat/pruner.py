@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import logging
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar, Generic, TypeVar, final
 
@@ -21,11 +21,10 @@ from .families import Group, check_finite, find_groups, is_causal, task_of
 from .knapsack import allocate_exactly
 from .latency import LatencyTable, latency_table
 from .probes import device_of, quiet
-from .report import Cost, GroupReport, PruningReport, Stage, timed
+from .report import Cost, GroupReport, PruningReport, Stage, TimedStage, stage_timer, timed
 from .slicing import Plan, restored_on_error, slice_model
 from .structure import write_record
 
-logger = logging.getLogger(__name__)
 C = TypeVar("C", bound=PruningConfig)
 P = TypeVar("P", bound="Pruner[Any]")
 
@@ -46,6 +45,11 @@ class Pruner(ABC, Generic[C]):
     def labels(self) -> str:
         """What the method does with labels: "none", "auto" (it uses those that the data has), or "data" (it needs them)."""
         return "none"
+
+    @property
+    def counts(self) -> str:
+        """What the report's groups count: "units" that are sliced away, or "weights" that become zeros."""
+        return "units"
 
     def __init__(
         self,
@@ -103,24 +107,39 @@ class Pruner(ABC, Generic[C]):
         model = self.model
         check_finite(model)
         batches = self._read(dataset, text_columns, label_column)
-        dense, stages = self._cost(batches), dict[str, Stage]()
-        groups = find_groups(model)
+        dense, stages, lines = self.cost(batches), dict[str, Stage](), list[tuple[GroupReport, ...]]()
         self._latency = self._measured_latency(batches, stages) if self.config.budget == "latency" else None
-        limit = self.limit(groups, batches, self.config.keep)
+        self.check(dense, batches)
         # a caller's inference_mode would make the new weights unfit for training, and forbid the Fisher pass
         with torch.inference_mode(False), quiet(model), self._guard(model):
-            with timed(stages, "measure", device_of(model)):
-                stats = self.measure(groups, batches)
-                ranking = self.rank(groups, stats)
-            kept = self.allocate(groups, ranking, limit, batches)
-            plan = self.select(ranking, kept)
-            _warn_of_few_tokens(groups, kept, batches)
-            with timed(stages, "repair", device_of(model)):
-                self.repair(groups, plan, batches)
-                slice_model(model, plan)
+            for shot, keep in enumerate(self.schedule(), start=1):
+                suffix = f" {shot}" if len(self.schedule()) > 1 else ""
+                lines.append(self.shoot(keep, dense, batches, stage_timer(stages, suffix, device_of(model))))
             write_record(model)
-        self._report = self._make_report(groups, ranking, kept, batches, dense, stages)
+        self._report = self._make_report(lines, batches, dense, stages)
         return model
+
+    def check(self, dense: Cost, batches: Batches) -> None:
+        """Refuse, before any work, what cannot be reached. Default: a budget below the smallest plan."""
+        self.limit(self.config.keep, dense, batches)
+
+    def schedule(self) -> Sequence[float]:
+        """The shares of the dense model to keep, shot after shot; the last is `config.keep`. Default: one shot."""
+        return (self.config.keep,)
+
+    def shoot(self, keep: float, dense: Cost, batches: Batches, stage: TimedStage) -> tuple[GroupReport, ...]:
+        """Prune the model, as it is now, to `keep` of the dense one."""
+        groups = find_groups(self.model)
+        with stage("measure"):
+            stats = self.measure(groups, batches)
+            ranking = self.rank(groups, stats)
+        kept = self.allocate(groups, ranking, self.limit(keep, dense, batches), batches)
+        plan = self.select(ranking, kept)
+        batches.warn_if_few(max(kept[group.name] * group.width for group in groups))
+        with stage("repair"):
+            self.repair(groups, plan, batches)
+            slice_model(self.model, plan)
+        return tuple(GroupReport.of(group, ranking.error[group.name], kept[group.name]) for group in groups)
 
     @abstractmethod
     def measure(self, groups: list[Group], batches: Batches) -> Iterable[tuple[Group, Any]]:
@@ -200,16 +219,19 @@ class Pruner(ABC, Generic[C]):
             labels_needed=use == "data",
         )
 
-    def limit(self, groups: list[Group], batches: Batches, keep: float) -> float:
-        """What the kept units may cost together: the share `keep` of the blocks, less what no plan can remove.
+    def limit(self, keep: float, dense: Cost, batches: Batches) -> float:
+        """What the kept units may cost together: the share `keep` of the dense model's, less what no plan can remove.
 
         Raises:
             ValueError: the smallest plan there is costs more.
         """
+        groups, budget, table = find_groups(self.model), self.config.budget, self.latency
         costs, sizes = self.choices(groups, batches)
-        budget, table = self.config.budget, self.latency
-        total = model_cost(self.model, budget, batches.seq_len) if table is None else table.total
-        fixed = total - sum(own[-1] for own in costs.values())
+        if table is None:
+            total = getattr(dense, f"block_{budget}")
+            fixed = model_cost(self.model, budget, batches.seq_len) - sum(own[-1] for own in costs.values())
+        else:
+            total, fixed = table.total, table.fixed
         least = fixed + sum(min(own) for own in costs.values())
         if keep * total < least:
             what = f"{total:,} {budget}" if table is None else f"{total / 1e6:.3f} ms on {table.device}"
@@ -226,7 +248,7 @@ class Pruner(ABC, Generic[C]):
         Under a latency budget only sizes that were timed; what costs nothing there is in `limit`.
         """
         if self.latency is not None:
-            return self.latency.costs(), {name: list(own) for name, own in self.latency.sizes.items()}
+            return self.latency.choices(groups)
         sizes = {group.name: options(group, self.config.round_to) for group in groups}
         costs = self.unit_costs(groups, batches)
         return {name: [costs[name] * size for size in own] for name, own in sizes.items()}, sizes
@@ -240,34 +262,29 @@ class Pruner(ABC, Generic[C]):
         """What one unit of each group costs in the budget's currency."""
         return {g.name: unit_cost(self.model, g, self.config.budget, batches.seq_len) for g in groups}
 
-    def _cost(self, batches: Batches) -> Cost:
-        model = self.model
-        params = sum(parameter.numel() for parameter in model.parameters())
-        return Cost(params, *(model_cost(model, budget, batches.seq_len) for budget in ("params", "macs")))
+    def cost(self, batches: Batches) -> Cost:
+        """The size of the model as it is now."""
+        params = sum(parameter.numel() for parameter in self.model.parameters())
+        return Cost(params, *(model_cost(self.model, budget, batches.seq_len) for budget in ("params", "macs")))
 
     def _make_report(
-        self,
-        groups: list[Group],
-        ranking: Ranking,
-        kept: Mapping[str, int],
-        batches: Batches,
-        dense: Cost,
-        stages: dict[str, Stage],
+        self, lines: list[tuple[GroupReport, ...]], batches: Batches, dense: Cost, stages: dict[str, Stage]
     ) -> PruningReport:
-        pruned, budget, latency = self._cost(batches), f"block_{self.config.budget}", None
+        pruned, budget, latency = self.cost(batches), f"block_{self.config.budget}", None
+        groups = tuple(replace(last, units=first.units) for first, last in zip(lines[0], lines[-1], strict=True))
         if self.latency is not None:
             with quiet(self.model):
-                latency = self.latency.compare(self.model, self.config.keep, kept)
-        lines = []
-        for g in groups:
-            curve = ranking.error[g.name]
-            share = float(curve[kept[g.name]] / curve[0]) if curve[0] else 0.0
-            lines.append(GroupReport(g.name, g.units, kept[g.name], share))
+                latency = self.latency.compare(self.model, self.config.keep, {group.name: group.kept for group in groups})
+            reached = latency.predicted / latency.dense
+        elif self.counts == "weights":  # zeros of old are as good as new ones
+            reached = sum(group.kept for group in groups) / sum(group.units for group in groups)
+        else:
+            reached = getattr(pruned, budget) / getattr(dense, budget)
         return PruningReport(
             method=self.method,
             keep=self.config.keep,
             budget=self.config.budget,
-            reached=latency.predicted / latency.dense if latency else getattr(pruned, budget) / getattr(dense, budget),
+            reached=reached,
             seq_len=batches.seq_len,
             num_tokens=batches.num_tokens,
             num_examples=batches.num_examples,
@@ -275,19 +292,8 @@ class Pruner(ABC, Generic[C]):
             fingerprint=batches.fingerprint,
             dense=dense,
             pruned=pruned,
-            groups=tuple(lines),
+            groups=groups,
+            counts=self.counts,
             stages=stages,
             latency=latency,
-        )
-
-
-def _warn_of_few_tokens(groups: list[Group], kept: Mapping[str, int], batches: Batches) -> None:
-    widest = max(kept[group.name] * group.width for group in groups)
-    if batches.num_tokens < 10 * widest:
-        logger.warning(
-            "%s calibration tokens for up to %s kept columns are %.1f tokens each; below 10 the corrections fit noise. "
-            "Give more data, or raise num_tokens.",
-            f"{batches.num_tokens:,}",
-            f"{widest:,}",
-            batches.num_tokens / widest,
         )

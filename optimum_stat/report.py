@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
+from .families import Group
 from .latency import Latency
 
 
@@ -23,7 +25,13 @@ class GroupReport:
     units: int
     kept: int
     error: float
-    """The predicted error at this size, as a share of the error of removing the whole group (0 if nothing was removed)."""
+    """The predicted error at this size, as a share of the error of removing the whole group (0 if nothing was removed). In
+    several shots, that of the last one."""
+
+    @classmethod
+    def of(cls, group: Group, curve: Tensor, kept: int) -> GroupReport:
+        """curve: the error for every number of units kept, [units + 1]."""
+        return cls(group.name, group.units, kept, float(curve[kept] / curve[0]) if curve[0] else 0.0)
 
 
 @dataclass(frozen=True)
@@ -61,6 +69,8 @@ class PruningReport:
     dense: Cost
     pruned: Cost
     groups: tuple[GroupReport, ...]
+    counts: str = "units"
+    """What the groups count: "units" that were sliced away, or "weights" that became zeros in a model of the old shape."""
     stages: dict[str, Stage] = field(default_factory=dict)
     latency: Latency | None = None
 
@@ -94,6 +104,14 @@ class PruningReport:
             peak = "" if stage.peak_bytes is None else f", {stage.peak_bytes / 2**20:,.0f} MiB more than before"
             lines.append(f"{name}: {stage.seconds:.1f} s{peak}")
         return "\n".join(lines)
+
+
+TimedStage = Callable[[str], AbstractContextManager[None]]
+
+
+def stage_timer(stages: dict[str, Stage], suffix: str, device: torch.device) -> TimedStage:
+    """`timed` for stages whose names end with `suffix`."""
+    return lambda name: timed(stages, name + suffix, device)
 
 
 @contextmanager

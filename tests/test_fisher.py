@@ -129,7 +129,7 @@ def test_the_search_is_optimal_for_the_diagonal(family: str, keep: float, budget
     with quiet(model):
         stats = {group.name: own for group, own in pruner.measure(groups, items)}
         ranking = pruner.rank(groups, [(group, stats[group.name]) for group in groups])
-    limit = pruner.limit(groups, items, keep)
+    limit = pruner.limit(keep, pruner.cost(items), items)
     kept = pruner.allocate(groups, ranking, limit, items)
     own = {name: found.masks.square().sum(0) for name, found in stats.items()}
     costs = {group.name: unit_cost(model, group, budget, items.seq_len) for group in groups}

@@ -212,3 +212,17 @@ def test_the_gradient_of_answers_ignores_padding_and_positions_that_were_cut_off
         loss = torch.nn.functional.cross_entropy(masked[:2], labels[name][:2], reduction="sum")
         torch.testing.assert_close(gradient, torch.autograd.grad(loss, value, retain_graph=True)[0], rtol=1e-4, atol=1e-6)
         assert not gradient[2].any()
+
+
+def test_the_gradient_of_the_next_token_loss_counts_real_pairs_only() -> None:
+    logits = torch.randn(3, 6, 9, generator=torch.Generator().manual_seed(0)).double().requires_grad_()
+    ids = torch.randint(0, 9, (3, 6), generator=torch.Generator().manual_seed(1))
+    mask = torch.tensor([[1] * 6, [0, 0, 1, 1, 1, 1], [1, 1, 1, 0, 0, 0]])
+    spans = (slice(0, 6), slice(2, 6), slice(0, 3))
+    loss = sum(
+        torch.nn.functional.cross_entropy(row[span][:-1], own[span][1:], reduction="sum")
+        for row, own, span in zip(logits, ids, spans, strict=True)
+    )
+    loss.backward()
+    _, (found,) = loss_gradients(tiny("gpt2"), {"logits": logits}, {"input_ids": ids, "attention_mask": mask}, None)
+    torch.testing.assert_close(found, logits.grad, rtol=1e-12, atol=1e-12)

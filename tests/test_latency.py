@@ -14,10 +14,11 @@ import torch
 from tiny import batches, many, outputs, tiny
 from torch import nn
 
-from optimum_stat import FisherConfig, FisherPruner, STATConfig, STATPruner, latency
+from optimum_stat import FisherConfig, FisherPruner, STATConfig, STATPruner, SurgeonConfig, SurgeonPruner, latency
 from optimum_stat.families import find_blocks, find_groups
 from optimum_stat.latency import LatencyTable, describe_device, latency_table, measure_table, sizes_to_try
 from optimum_stat.probes import quiet
+from optimum_stat.slicing import slice_model
 
 MS = 1_000_000
 
@@ -30,46 +31,79 @@ def memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return folder
 
 
-def slow(model: Any, per_head: float, per_neuron: float, fixed: float) -> Any:
-    """A model whose consumers sleep as long as their input is wide: the times are known, whatever the machine does."""
+class Clock:
+    """The time that the models below take, whatever this machine does beside them."""
 
-    def wait(seconds: float, width: int) -> Any:
-        return lambda module, args: time.sleep(seconds * args[0].shape[-1] / width)
+    now = 0
+
+    def perf_counter_ns(self) -> int:
+        return self.now
+
+    def time_ns(self) -> int:
+        return time.time_ns()
+
+
+CLOCK = Clock()
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    monkeypatch.setattr(latency, "time", CLOCK)
+    return CLOCK
+
+
+def slow(model: Any, per_head: float, per_neuron: float, fixed: float) -> Any:
+    """A model whose consumers take so many milliseconds for each of their units, and its embeddings `fixed`."""
+
+    def spend(per_column: float) -> Any:
+        def hook(module: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
+            CLOCK.now += round(per_column * args[0].shape[-1] * MS)
+
+        return hook
 
     for group in find_groups(model):
         per_unit = per_head if group.structure == "heads" else per_neuron
-        group.consumer.register_forward_pre_hook(wait(per_unit, group.width))
-    model.get_input_embeddings().register_forward_pre_hook(lambda module, args: time.sleep(fixed))
+        group.consumer.register_forward_pre_hook(spend(per_unit / group.width))
+    embeddings = model.get_input_embeddings()
+    embeddings.register_forward_pre_hook(lambda *_: setattr(CLOCK, "now", CLOCK.now + round(fixed * MS)))
     return model
 
 
-@pytest.fixture(scope="module")
-def table() -> LatencyTable:
-    model = slow(tiny("bert"), 0.002, 0.0002, 0.01)
+@pytest.fixture
+def table(clock: Clock) -> LatencyTable:
+    model = slow(tiny("bert"), 2, 0.2, 10)
     with quiet(model):
         return measure_table(model, 8, 1, 6)
 
 
 def test_a_table_holds_the_times_of_every_size(table: LatencyTable) -> None:
     full = 4 * 2 + 44 * 0.2  # ms of one block
-    assert table.total / MS == pytest.approx(10 + 2 * full, rel=0.2)
+    assert table.total / MS == pytest.approx(10 + 2 * full, rel=1e-3)
     for block in range(2):
         assert table.sizes[f"{block}.heads"] == [1, 2, 3, 4]
         assert table.sizes[f"{block}.neurons"] == [8, 16, 24, 32, 40, 44]
         for size, own in zip(table.sizes[f"{block}.heads"], table.times[f"{block}.heads"], strict=True):
-            assert own / MS == pytest.approx(full - 2 * (4 - size), rel=0.15)
+            assert own / MS == pytest.approx(full - 2 * (4 - size), rel=1e-3)
         for size, own in zip(table.sizes[f"{block}.neurons"], table.times[f"{block}.neurons"], strict=True):
-            assert own / MS == pytest.approx(full - 0.2 * (44 - size), rel=0.15)
+            assert own / MS == pytest.approx(full - 0.2 * (44 - size), rel=1e-3)
     kept = {"0.heads": 1, "0.neurons": 8, "1.heads": 4, "1.neurons": 24}
-    assert table.predicted(kept) / MS == pytest.approx(10 + (2 + 1.6) + (8 + 4.8), rel=0.2)
+    assert table.predicted(kept) / MS == pytest.approx(10 + (2 + 1.6) + (8 + 4.8), rel=1e-3)
     assert table.predicted({name: sizes[-1] for name, sizes in table.sizes.items()}) == table.total
 
 
 def test_costs_are_what_a_size_takes_more_than_the_fastest(table: LatencyTable) -> None:
-    for name, costs in table.costs().items():
+    model = tiny("bert")
+    all_costs, all_sizes = table.choices(find_groups(model))
+    for name, costs in all_costs.items():
         assert min(costs) == 0
         assert costs == sorted(costs)
         assert costs[-1] == table.times[name][-1] - table.times[name][0]
+        assert all_sizes[name] == table.sizes[name]
+    slice_model(model, {"0.neurons": torch.arange(24), "1.heads": torch.arange(3)})  # as after a first shot
+    costs, sizes = table.choices(find_groups(model))
+    assert (sizes["0.neurons"], sizes["1.heads"]) == ([8, 16, 24], [1, 2, 3])
+    assert costs["0.neurons"] == all_costs["0.neurons"][:3]
+    assert table.fixed == table.total - sum(own[-1] for own in all_costs.values())
 
 
 def test_timing_changes_nothing() -> None:
@@ -124,15 +158,18 @@ def test_a_table_is_remembered_for_this_device_batch_and_shape(memory: Path, mon
     assert len(measured) == len(list(memory.iterdir())) == 6
 
 
-@pytest.mark.parametrize(("pruner", "config"), [(FisherPruner, FisherConfig), (STATPruner, STATConfig)])
-def test_a_model_takes_as_long_as_was_asked(pruner: Any, config: Any, tmp_path: Path) -> None:
-    model = slow(tiny("bert"), 0.002, 0.0002, 0.01)
+@pytest.mark.parametrize(
+    ("pruner", "config"), [(FisherPruner, FisherConfig), (STATPruner, STATConfig), (SurgeonPruner, SurgeonConfig)]
+)
+def test_a_model_takes_as_long_as_was_asked(pruner: Any, config: Any, tmp_path: Path, clock: Clock) -> None:
+    model = slow(tiny("bert"), 2, 0.2, 10)
     own = pruner(model, config(keep=0.6, budget="latency"))
     own.prune(many())
     found = own.report.latency
     assert found is not None
     assert found.predicted <= found.asked == pytest.approx(0.6 * found.dense)
-    assert found.measured == pytest.approx(found.asked, rel=0.15)
+    assert found.measured == pytest.approx(found.predicted, rel=1e-3)
+    assert found.measured > found.asked - 2 * 0.2 * 8  # less than a step of neurons in every block is left
     assert own.report.reached == found.predicted / found.dense <= 0.6
     assert "ms for 1 x 20 tokens on cpu" in str(own.report)
     for group in own.report.groups:
@@ -154,8 +191,8 @@ def test_keeping_all_of_the_latency_gives_the_dense_model() -> None:
     assert torch.equal(outputs(model, batches()[0]), outputs(tiny("bert"), batches()[0]))
 
 
-def test_a_budget_below_what_cannot_be_pruned_is_refused() -> None:
-    model = slow(tiny("bert"), 0.0005, 0.00002, 0.03)
+def test_a_budget_below_what_cannot_be_pruned_is_refused(clock: Clock) -> None:
+    model = slow(tiny("bert"), 0.5, 0.02, 30)
     pruner = FisherPruner(model, FisherConfig(keep=0.3, budget="latency"))
     with pytest.raises(ValueError, match=r"keep=0.3 of \d+\.\d+ ms on cpu .* asked, but one head and 8 neurons .* make 0\.[89]"):
         pruner.prune(many())

@@ -17,7 +17,7 @@ PACKAGE = Path(optimum_stat.__file__).parent
 LAYERS = (
     {"linalg", "families", "config", "autoload"},
     {"labels"},
-    {"rows", "data", "probes", "walk", "budget", "knapsack", "slicing", "structure", "latency"},
+    {"rows", "data", "probes", "walk", "budget", "knapsack", "slicing", "structure", "latency", "correction"},
     {"card", "report", "remote_code", "checkpoint"},
     {"pruner"},
     {"methods"},

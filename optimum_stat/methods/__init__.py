@@ -7,5 +7,6 @@ from typing import Any
 from ..pruner import Pruner
 from .fisher import FisherPruner
 from .stat import STATPruner
+from .surgeon import SurgeonPruner
 
-METHODS: tuple[type[Pruner[Any]], ...] = (FisherPruner, STATPruner)
+METHODS: tuple[type[Pruner[Any]], ...] = (FisherPruner, STATPruner, SurgeonPruner)

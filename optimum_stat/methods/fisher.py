@@ -9,15 +9,14 @@ from typing import ClassVar, final
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from ..budget import Ranking
 from ..card import Paper
 from ..config import PruningConfig
 from ..data import Batches
-from ..families import Group, task_of
+from ..families import Group
 from ..knapsack import allocate_exactly
-from ..probes import Sensitivity, sensitivities
+from ..probes import Sensitivity, has_loss, sensitivities
 from ..pruner import Pruner
 from ..slicing import Plan
 from . import fisher_tuning
@@ -111,7 +110,7 @@ class FisherPruner(Pruner[FisherConfig]):
 
     def measure(self, groups: list[Group], batches: Batches) -> Iterator[tuple[Group, Sensitivity]]:
         """Gradients of masks and of outputs, from one forward and one backward pass."""
-        from_labels = self.config.labels == "data" or (self.config.labels == "auto" and _has_loss(self.model, batches))
+        from_labels = self.config.labels == "data" or (self.config.labels == "auto" and has_loss(self.model, batches))
         logger.info(
             "Gradients of the loss for %s.", "the labels" if from_labels else "labels drawn from the model's own predictions"
         )
@@ -148,7 +147,7 @@ class FisherPruner(Pruner[FisherConfig]):
         assert isinstance(ranking, FisherRanking)
         choices = self.choices(groups, batches)
         if self.config.tune:
-            wider = allocate_exactly(ranking.error, *choices, self.limit(groups, batches, self.config.keep**0.5))
+            wider = allocate_exactly(ranking.error, *choices, self.limit(self.config.keep**0.5, self.cost(batches), batches))
             self._teacher, self._metric = Pruner.select(self, ranking, wider), ranking.metric
         return allocate_exactly(ranking.error, *choices, limit)
 
@@ -166,10 +165,6 @@ class FisherPruner(Pruner[FisherConfig]):
         if self.config.tune and any(len(plan[group.name]) < group.units for group in groups):
             metric = None if self.config.published else self._metric
             fisher_tuning.Tuning(self.model, groups, batches, metric).run(plan, self._teacher)
-
-
-def _has_loss(model: PreTrainedModel, batches: Batches) -> bool:
-    return batches.labels is not None or task_of(model) == "text-generation"
 
 
 def estimated_shrinkage(gradients: Tensor) -> float:

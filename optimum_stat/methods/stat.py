@@ -13,12 +13,13 @@ from torch import Tensor
 from ..budget import Ranking
 from ..card import Paper
 from ..config import PruningConfig
+from ..correction import corrected_consumer
 from ..data import Batches
 from ..families import Group, weight
-from ..linalg import add_to_gram, backward_elimination, damped, solve_psd, symmetrize
+from ..linalg import add_to_gram, backward_elimination, symmetrize
 from ..probes import output_fisher
 from ..pruner import Pruner
-from ..slicing import Plan, consumer_columns, set_weight, slice_group
+from ..slicing import Plan, set_weight, slice_group
 from ..walk import BlockWalk
 from . import stat_published
 
@@ -156,7 +157,7 @@ class STATPruner(Pruner[STATConfig]):
                 keep = plan[group.name]
                 if self.config.published and group.structure == "heads":
                     keep = stat_published.choose_heads(_grams(walk, index, [group])[group.name], group, len(keep))
-                corrected = _corrected_weight(walk, group, keep, self.config.ridge)
+                corrected, _ = corrected_consumer(walk, group, keep, self.config.ridge)
                 waiting.append((group, keep, corrected))
                 if not before_pruning:
                     _apply(*waiting.pop())
@@ -176,25 +177,6 @@ def _grams(walk: BlockWalk, index: int, groups: list[Group], advance: bool = Fal
                 f"The activations that enter {name} are NaN or infinite; nothing can be decided from them. {OVERFLOW}"
             )
     return grams
-
-
-def _corrected_weight(walk: BlockWalk, group: Group, keep: Tensor, ridge: float) -> Tensor:
-    """W' [out, kept columns], from kept columns only: G_SS and z_S^T (z_E W_E^T); the full Gram matrix is never formed."""
-    full = weight(group.consumer)
-    columns = consumer_columns(group, keep).to(full.device)
-    gone = torch.ones(full.shape[1], dtype=torch.bool, device=full.device).index_fill_(0, columns, False)
-    rest = gone.nonzero().flatten()
-    lost = full[:, rest].T.to(torch.promote_types(full.dtype, torch.float32))
-    gram, cross = _square(len(columns), group), torch.zeros(len(columns), len(full)).to(lost.device, torch.float64)
-
-    def add(_: Group, z: Tensor) -> None:
-        kept = z.index_select(1, columns)
-        add_to_gram(gram, kept)
-        cross.add_(kept.T @ (z.index_select(1, rest) @ lost))
-
-    walk.run(group.block, [group], add)
-    change = solve_psd(damped(symmetrize(gram), ridge), cross).T
-    return (full[:, columns] + change).to(full.dtype)
 
 
 def _apply(group: Group, keep: Tensor, corrected: Tensor) -> None:
