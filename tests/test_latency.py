@@ -186,6 +186,17 @@ def test_a_model_takes_as_long_as_was_asked(pruner: Any, config: Any, tmp_path: 
     assert again.latency == own.latency
 
 
+def test_a_prediction_that_fails_is_said(clock: Clock, caplog: pytest.LogCaptureFixture) -> None:
+    model = tiny("bert")
+    pruner = FisherPruner(slow(model, 2, 0.2, 10), FisherConfig(keep=0.7, budget="latency"))
+    pruner.prune(many())
+    assert "were predicted" not in caplog.text
+    again = FisherPruner(slow(tiny("bert"), 4, 0.4, 20), FisherConfig(keep=0.7, budget="latency"))
+    again.prune(many())  # on times that were remembered from a faster machine of the same name
+    assert "delete that folder, and prune the dense model again" in caplog.text
+    assert str(latency.cache_folder()) in caplog.text
+
+
 def test_keeping_all_of_the_latency_gives_the_dense_model() -> None:
     model = FisherPruner(tiny("bert"), FisherConfig(keep=1.0, budget="latency")).prune(many())
     assert torch.equal(outputs(model, batches()[0]), outputs(tiny("bert"), batches()[0]))
