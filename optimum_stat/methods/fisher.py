@@ -9,6 +9,7 @@ from typing import ClassVar, final
 
 import torch
 from torch import Tensor
+from transformers.utils.logging import tqdm
 
 from ..budget import Ranking
 from ..card import Paper
@@ -84,9 +85,9 @@ class FisherPruner(Pruner[FisherConfig]):
     folded into the consumer's weights, so nothing is left of the masks.
 
     Differences from the source: per-example gradients, a shrunk Fisher matrix, and a tuning that weighs channels and damps
-    factors, by default; one unit is one key/value head with its
-    query heads; an exact knapsack, with at least one head and `round_to` neurons in every block, instead of a search that may
-    leave the budget or empty a layer; latency from a measured table without fitting a line through it.
+    factors, by default; one unit is one key/value head with its query heads; an exact knapsack, with at least one head and
+    `round_to` neurons in every block, instead of a search that may leave the budget or empty a layer; latency from a measured
+    table without fitting a line through it.
     """
 
     method: ClassVar[str] = "fisher"
@@ -158,7 +159,8 @@ class FisherPruner(Pruner[FisherConfig]):
         if not self.config.rearrange:
             return plan
         shrinkage = (lambda _: 0.0) if self.config.published else estimated_shrinkage
-        return {name: rearranged(own, plan[name], shrinkage(own)) for name, own in ranking.gradients.items()}
+        gradients = tqdm(ranking.gradients.items(), desc="Rearranging", unit="group")
+        return {name: rearranged(own, plan[name], shrinkage(own)) for name, own in gradients}
 
     def repair(self, groups: list[Group], plan: Plan, batches: Batches) -> None:
         """Scale the columns of the consumers' weights that stay."""
