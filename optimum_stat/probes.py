@@ -146,7 +146,7 @@ def sensitivities(
     summed over the example; or, not `from_labels`, of the model's own predictions: a gradient drawn as `output_fisher` draws
     it, whose covariance is the exact Fisher information of the output. No gradients of weights are made. Call it inside
     `quiet(model)`.
-    Source: 2204.09656, section 4.2, where the factor multiplies a head's attention probabilities: the same derivative.
+    Source: 2204.09656, where the factor multiplies a head's attention probabilities: the same derivative.
     """
     generators = [torch.Generator().manual_seed(seed + output) for output in range(2)]
     masks: dict[str, list[Tensor]] = {group.name: [] for group in groups}

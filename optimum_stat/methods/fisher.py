@@ -194,7 +194,7 @@ def rearranged(gradients: Tensor, keep: Tensor, shrinkage: float) -> Tensor:
     Sums over the units that go; gradients: [examples, units], g_u its columns. From the least important unit that stays to the
     most important: it joins the units that go, and the one of these whose return leaves the least takes its place. Never worse
     than before, as that may be the unit itself.
-    Source: 2204.09656, section 4.3, and the released code, without shrinkage.
+    Source: 2204.09656 and the released code, without shrinkage.
     """
     units = gradients.shape[1]
     gone = torch.ones(units, dtype=torch.bool).index_fill_(0, keep.cpu(), False)

@@ -40,7 +40,7 @@ class Tuning:
     released code's LSMR(damp=1) on the normal matrix converges; the heads of the first block keep 1; the last MLP of a
     classifier is fitted to the first token alone; heads are fitted together with a constant, which is then dropped; the
     teacher's neurons of the layer at hand are not masked.
-    Source: 2204.09656, section 4.4, and the released code.
+    Source: 2204.09656 and the released code.
     """
 
     def __init__(self, model: nn.Module, groups: list[Group], batches: Batches, metric: Mapping[str, Tensor] | None):

@@ -3,7 +3,7 @@
 Conventions: `weight` [out, in]; the loss changes by `1/2 vec(D)^T (G (x) A) vec(D)` when the weight changes by D, vec row by row,
 with A [in, in] the second moment of the layer's inputs and G [out, out] that of the gradients of its outputs. `a_inverse` and
 `g_inverse` are their damped inverses. A layer's bias is its last column, and A then ends with the constant input 1.
-Source: The LLM Surgeon (2312.17244), section 3 and its appendix on updates.
+Source: The LLM Surgeon (2312.17244).
 """
 
 from __future__ import annotations

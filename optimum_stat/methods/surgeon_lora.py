@@ -1,6 +1,6 @@
 """First-order corrections between shots: low-rank adapters, trained on the calibration data and merged.
 
-Source: The LLM Surgeon (2312.17244), section 3.6, with rank 8 and Adam. Differences: every layer that can be pruned gets an
+Source: The LLM Surgeon (2312.17244), with rank 8 and Adam. Differences: every layer that can be pruned gets an
 adapter; A starts as PEFT starts it (the authors draw it from N(0, 1), with a lower learning rate); and the adapters are really
 trained: in the authors' code they are made but never attached to the model.
 """

@@ -1,6 +1,6 @@
 """One threshold over all layers, or one per layer: what lies below goes. Layers are seen twice; only counts are kept in between.
 
-Source: The LLM Surgeon (2312.17244), section 3.3, and its authors' `threshold.py`. Difference: exactly as many weights go as were
+Source: The LLM Surgeon (2312.17244) and its authors' `threshold.py`. Difference: exactly as many weights go as were
 asked, ties or not.
 """
 
