@@ -30,7 +30,7 @@ class Paper:
     @property
     def bibtex(self) -> str:
         """An entry for a bibliography."""
-        key = self.title.partition(":")[0].split()[0].lower()
+        key = next(word for word in self.title.replace(":", "").lower().split() if word not in ("a", "an", "the"))
         return (
             f"@misc{{{key}{self.year},\n  title = {{{self.title}}},\n  author = {{{' and '.join(self.authors.split(', '))}}},\n"
             f"  year = {{{self.year}}},\n  eprint = {{{self.arxiv}}},\n  archivePrefix = {{arXiv}},\n}}"
