@@ -325,3 +325,17 @@ def test_published_costs_see_twins_only_after_one_of_them_is_gone() -> None:
         return float((outputs(model, held_out) - outputs(redundant("llama"), held_out)).square().mean())
 
     assert loss(8) < 0.5 * loss(1)
+
+
+def test_labels_of_the_data_count_where_it_has_some() -> None:
+    items = [{**item, "labels": torch.arange(len(item["input_ids"])) % 3} for item in many()]
+    others = [{**item, "labels": (item["labels"] + 1) % 3} for item in items]
+    bare = [{name: value for name, value in item.items() if name != "labels"} for item in items]
+
+    def errors(data: list[dict[str, Tensor]], labels: str) -> list[float]:
+        pruner = SurgeonPruner(tiny("bert", "SequenceClassification"), SurgeonConfig(keep=0.6, shots=1, labels=labels))
+        pruner.prune(data)
+        return [group.error for group in pruner.report.groups]
+
+    assert errors(items, "data") != errors(others, "data")
+    assert errors(bare, "data") == errors(items, "model") == errors(others, "model")
