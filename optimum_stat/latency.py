@@ -42,6 +42,8 @@ class Latency:
 
     device: str
     batch_size: int
+    seq_len: int
+    """Tokens of each example in the batch."""
     dense: float
     asked: float
     predicted: float
@@ -98,7 +100,8 @@ class LatencyTable:
                 predicted / 1e6,
                 cache_folder(),
             )
-        return Latency(self.device, self.batch_size, *(each / 1e6 for each in (self.total, asked, predicted, measured)))
+        milliseconds = (each / 1e6 for each in (self.total, asked, predicted, measured))
+        return Latency(self.device, self.batch_size, self.seq_len, *milliseconds)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values."""
@@ -112,15 +115,22 @@ def latency_table(model: Any, round_to: int, batch_size: int, seq_len: int, path
         ValueError: the file is no table, is that of another device or batch, or does not fit the model.
     """
     if path is not None:
-        return _read(Path(path), model, round_to, batch_size)
+        table = _read(Path(path), model, round_to, batch_size)
+        if table.seq_len != seq_len:
+            asked = f"{table.seq_len} tokens an example; the mean of the calibration data is {seq_len}"
+            logger.warning("The latencies in %s are for %s. The budget counts the former.", path, asked)
+        return table
     cached = cache_folder() / f"{_key(model, round_to, batch_size, seq_len)}.json"
     if cached.exists():
         return LatencyTable(**json.loads(cached.read_text()))
     table = measure_table(model, round_to, batch_size, seq_len)
-    cached.parent.mkdir(parents=True, exist_ok=True)
-    beside = cached.with_name(f".{cached.name}.{time.time_ns()}")
-    beside.write_text(json.dumps(table.to_dict()))
-    beside.replace(cached)
+    try:
+        cached.parent.mkdir(parents=True, exist_ok=True)
+        beside = cached.with_name(f".{cached.name}.{time.time_ns()}")
+        beside.write_text(json.dumps(table.to_dict()))
+        beside.replace(cached)
+    except OSError as error:  # the next run measures again; this one goes on
+        logger.warning("The latencies could not be remembered in %s: %s", cached.parent, error)
     return table
 
 

@@ -97,7 +97,7 @@ class PruningReport:
         if self.latency is not None:
             own = self.latency
             lines.append(
-                f"ms for {own.batch_size} x {self.seq_len} tokens on {own.device}: {own.dense:.2f} dense, {own.asked:.2f} asked, "
+                f"ms for {own.batch_size} x {own.seq_len} tokens on {own.device}: {own.dense:.2f} dense, {own.asked:.2f} asked, "
                 f"{own.predicted:.2f} predicted, {own.measured:.2f} measured"
             )
         for name, stage in self.stages.items():

@@ -255,6 +255,25 @@ def test_a_file_without_a_table_is_refused(text: str | None, tmp_path: Path) -> 
         latency_table(tiny("bert"), 8, 1, 6, str(path))
 
 
+def test_a_table_for_examples_of_another_length_is_said_to_be_one(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    model = tiny("bert")
+    latency_table(model, 8, 1, 6, saved(tmp_path, model))
+    assert caplog.text == ""
+    latency_table(model, 8, 1, 20, saved(tmp_path, model))
+    assert "are for 6 tokens an example; the mean of the calibration data is 20" in caplog.text
+
+
+def test_a_folder_that_cannot_be_written_does_not_stop_the_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "file").write_text("")
+    monkeypatch.setattr(latency, "cache_folder", lambda: tmp_path / "file" / "below")
+    table = LatencyTable("cpu", 1, 6, 7, {"0.heads": [1]}, {"0.heads": [5]})
+    monkeypatch.setattr(latency, "measure_table", lambda *_: table)
+    assert latency_table(tiny("bert"), 8, 1, 6, None) is table
+    assert "could not be remembered" in caplog.text
+
+
 def test_a_staircase_is_used_to_its_edges(tmp_path: Path) -> None:
     """Where 8 to 32 neurons take the same time, nobody ends with 8, 16 or 24."""
     model = tiny("bert")
