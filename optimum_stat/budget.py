@@ -21,6 +21,10 @@ class Ranking:
     error: Mapping[str, Tensor]
     """Group name -> the loss if the first k units are kept: [units + 1], non-increasing, last entry 0, one unit for all."""
 
+    def total(self, kept: Mapping[str, int]) -> float:
+        """The loss with so many units of every group."""
+        return float(sum(float(self.error[name][count]) for name, count in kept.items()))
+
 
 def unit_cost(model: nn.Module, group: Group, budget: str, seq_len: int) -> int:
     """What one unit of `group` costs.
@@ -52,6 +56,21 @@ def model_cost(model: nn.Module, budget: str, seq_len: int) -> int:
     if budget == "params":
         return sum(parameter.numel() for parameter in find_blocks(model).parameters())
     return sum(unit_cost(model, group, budget, seq_len) * group.units for group in find_groups(model))
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Size of a model: all parameters, those of its blocks, and the blocks' multiply-adds for one example."""
+
+    params: int
+    block_params: int
+    block_macs: int
+
+    @classmethod
+    def of(cls, model: nn.Module, seq_len: int) -> Cost:
+        """Of the model as it is now."""
+        params = sum(parameter.numel() for parameter in model.parameters())
+        return cls(params, *(model_cost(model, budget, seq_len) for budget in ("params", "macs")))
 
 
 def options(group: Group, round_to: int) -> list[int]:

@@ -53,14 +53,14 @@ def load(
         if kwargs or task:
             names = ", ".join([*kwargs, *(["task"] if task else [])])
             raise TypeError(f"{names} asked for a model that is loaded already; load it with them, or pass its path.")
+        _forget_gguf(model_or_path)
         return model_or_path, tokenizer, _source(getattr(model_or_path, "name_or_path", ""))
     path = str(model_or_path)
     if path.endswith(".gguf"):  # as recipes and cards name it, see the return value
         path, _, kwargs["gguf_file"] = path.rpartition("/")
     shared = {name: kwargs[name] for name in CONFIG_ARGUMENTS if name in kwargs}
     model = _auto_class(path, task, shared).from_pretrained(path, **kwargs)
-    if "gguf_file" in kwargs:
-        _forget_gguf(model)
+    _forget_gguf(model)
     if tokenizer is None:
         tokenizer = _tokenizer(path, shared)
     return model, tokenizer, _source("/".join(filter(None, (path, kwargs.get("gguf_file")))))
@@ -169,7 +169,7 @@ def make_recipe(pruner: Pruner[Any]) -> dict[str, Any]:
         "record": getattr(pruner.model.config, KEY),
         "report": pruner.report.to_dict(),
         "metrics": pruner.metrics,
-        **({"latency_table": pruner.latency.to_dict()} if pruner.latency else {}),
+        **({"latency_table": pruner.currency.table.to_dict()} if pruner.currency.table else {}),
         "versions": {name: metadata.version(name) for name in libraries},
     }
 
@@ -227,8 +227,11 @@ def _tokenizer(path: str, shared: dict[str, Any]) -> PreTrainedTokenizerBase | N
         return None  # a folder without a tokenizer can still be pruned on tokenized data
 
 
-def _forget_gguf(model: PreTrainedModel) -> None:
-    """transformers has dequantized the weights, but still calls the model quantized and refuses to save it."""
+def _forget_gguf(model: Any) -> None:
+    """transformers has dequantized the weights of a GGUF file, but still calls the model quantized and refuses to save it."""
+    method: Any = getattr(model, "quantization_method", None)
+    if getattr(method, "value", method) != "gguf":
+        return
     model.is_quantized = False
     for name in ("hf_quantizer", "quantization_method"):
         model.__dict__.pop(name, None)

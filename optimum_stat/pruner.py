@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -13,20 +14,23 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from . import checkpoint
-from .budget import Ranking, allocate, model_cost, options, unit_cost
+from .budget import Cost, Ranking, allocate
 from .card import Paper
 from .config import PruningConfig
+from .currency import Currency
 from .data import Batches, make_batches
 from .families import Group, check_finite, find_groups, is_causal, task_of
 from .knapsack import allocate_exactly
-from .latency import LatencyTable, latency_table
+from .latency import latency_table
 from .probes import device_of, quiet
-from .report import Cost, GroupReport, PruningReport, Stage, TimedStage, stage_timer, timed
+from .report import Forecast, GroupReport, PruningReport, Stage, TimedStage, make_report, stage_timer
 from .slicing import Plan, restored_on_error, slice_model
 from .structure import write_record
+from .sweep import SHARES, descending, family, forecasts
 
 C = TypeVar("C", bound=PruningConfig)
 P = TypeVar("P", bound="Pruner[Any]")
+Columns = Sequence[str] | None
 
 
 class Pruner(ABC, Generic[C]):
@@ -40,6 +44,9 @@ class Pruner(ABC, Generic[C]):
     paper: ClassVar[Paper]
     """What it implements; goes into the model card."""
     config_class: ClassVar[type[PruningConfig]]
+
+    nested: ClassVar[bool] = False
+    """Whether `sweep` makes each model from the next larger one instead of the dense one."""
 
     @property
     def labels(self) -> str:
@@ -71,7 +78,8 @@ class Pruner(ABC, Generic[C]):
         self.config, self.tokenizer, self.source = config, tokenizer, source
         self.metrics: list[dict[str, Any]] = []
         self._report: PruningReport | None = None
-        self._latency: LatencyTable | None = None
+        self._currency: Currency | None = None
+        self.stages: dict[str, Stage] = {}
         self._guard = restored_on_error if caller_holds_model else self._lost_on_error
 
     @classmethod
@@ -95,45 +103,69 @@ class Pruner(ABC, Generic[C]):
         return cls(model, config if config is not None else cls.config_class(), tokenizer, source, caller_holds_model=live)
 
     @final
-    def prune(
-        self, dataset: Any, *, text_columns: Sequence[str] | None = None, label_column: str | None = None
-    ) -> PreTrainedModel:
+    def prune(self, dataset: Any, *, text_columns: Columns = None, label_column: str | None = None) -> PreTrainedModel:
         """Prune the model in place and return it.
 
         dataset: a `datasets.Dataset` (raw text or tokenized), a list of strings, pairs or dicts, or ready batches.
         text_columns, label_column: where its texts and labels stand, if not under one of the usual names.
         If anything goes wrong, a model that was handed in live is as it was before, bit for bit.
         """
-        model = self.model
-        check_finite(model)
-        batches = self._read(dataset, text_columns, label_column)
-        dense, stages, lines = self.cost(batches), dict[str, Stage](), list[tuple[GroupReport, ...]]()
-        self._latency = self._measured_latency(batches, stages) if self.config.budget == "latency" else None
-        self.check(dense, batches)
-        # a caller's inference_mode would make the new weights unfit for training, and forbid the Fisher pass
-        with torch.inference_mode(False), quiet(model), self._guard(model):
+        batches = self._start(self.config.keep, dataset, text_columns, label_column)
+        lines, several = [], len(self.schedule()) > 1
+        with self.at_work(), self._guard(self.model):
             for shot, keep in enumerate(self.schedule(), start=1):
-                suffix = f" {shot}" if len(self.schedule()) > 1 else ""
-                lines.append(self.shoot(keep, dense, batches, stage_timer(stages, suffix, device_of(model))))
-            write_record(model)
-        self._report = self._make_report(lines, batches, dense, stages)
-        return model
+                lines.append(self.shoot(keep, batches, self.timer(shot if several else None)))
+            self.finish(lines, batches)
+        return self.model
 
-    def check(self, dense: Cost, batches: Batches) -> None:
+    @final
+    def sweep(
+        self: P, dataset: Any, keep: Sequence[float], *, text_columns: Columns = None, label_column: str | None = None
+    ) -> Iterator[P]:
+        """A family of models, one for each share in `keep`, from one calibration; `config.keep` does not matter.
+
+        Yields pruners that have pruned copies of the model, the largest first: save or push each, look at its `model` and
+        `report`. The model itself stays dense. Where a method is `nested`, each is made from the one before, in at
+        least the shots that the smallest takes; else all are cut from the same measurement.
+        """
+        shares = descending(keep)
+        return family(self, shares, self._start(shares[-1], dataset, text_columns, label_column))
+
+    @final
+    def plan(
+        self, dataset: Any, keep: Sequence[float] = SHARES, *, text_columns: Columns = None, label_column: str | None = None
+    ) -> tuple[Forecast, ...]:
+        """What would be kept for each share, and the error that the method expects: one measurement, nothing is cut.
+
+        Shares below the smallest plan there is are left out, if not all of them are. A nested method's first shot decides.
+        """
+        shares = descending(keep)
+        return forecasts(self, shares, self._start(shares[0], dataset, text_columns, label_column))
+
+    def check(self, keep: float, batches: Batches) -> None:
         """Refuse, before any work, what cannot be reached. Default: a budget below the smallest plan."""
-        self.limit(self.config.keep, dense, batches)
+        self.currency.limit(keep)
 
     def schedule(self) -> Sequence[float]:
         """The shares of the dense model to keep, shot after shot; the last is `config.keep`. Default: one shot."""
         return (self.config.keep,)
 
-    def shoot(self, keep: float, dense: Cost, batches: Batches, stage: TimedStage) -> tuple[GroupReport, ...]:
+    def shoot(self, keep: float, batches: Batches, stage: TimedStage) -> tuple[GroupReport, ...]:
         """Prune the model, as it is now, to `keep` of the dense one."""
         groups = find_groups(self.model)
+        return self.cut(groups, self.survey(groups, batches, stage), keep, batches, stage)
+
+    def survey(self, groups: list[Group], batches: Batches, stage: TimedStage) -> Ranking:
+        """What every group loses at every size; changes nothing."""
         with stage("measure"):
-            stats = self.measure(groups, batches)
-            ranking = self.rank(groups, stats)
-        kept = self.allocate(groups, ranking, self.limit(keep, dense, batches), batches)
+            return self.rank(groups, self.measure(groups, batches))
+
+    @final
+    def cut(
+        self, groups: list[Group], ranking: Ranking, keep: float, batches: Batches, stage: TimedStage
+    ) -> tuple[GroupReport, ...]:
+        """Decide the sizes, correct what stays, slice the rest away."""
+        kept = self.allocate(groups, ranking, keep, self.currency)
         plan = self.select(ranking, kept)
         batches.warn_if_few(max(kept[group.name] * group.width for group in groups))
         with stage("repair"):
@@ -149,10 +181,10 @@ class Pruner(ABC, Generic[C]):
     def rank(self, groups: list[Group], stats: Iterable[tuple[Group, Any]]) -> Ranking:
         """An order of each group's units and the error left after keeping the first k of them, for every k."""
 
-    def allocate(self, groups: list[Group], ranking: Ranking, limit: float, batches: Batches) -> dict[str, int]:
-        """How many units each group keeps. `limit` is what all kept units may cost together."""
-        solve = allocate if self.latency is None else allocate_exactly  # measured times have steps
-        return solve(ranking.error, *self.choices(groups, batches), limit)
+    def allocate(self, groups: list[Group], ranking: Ranking, keep: float, currency: Currency) -> dict[str, int]:
+        """How many units each group keeps, so that the model costs at most the share `keep` of the dense one."""
+        solve = allocate if currency.table is None else allocate_exactly  # measured times have steps
+        return solve(ranking.error, *currency.choices(groups), currency.limit(keep))
 
     def select(self, ranking: Ranking, kept: Mapping[str, int]) -> Plan:
         """Which units each group keeps: the first of its order, in their old order."""
@@ -162,9 +194,11 @@ class Pruner(ABC, Generic[C]):
         """Correct the weights that stay. May slice blocks itself where later statistics have to see them small."""
 
     @property
-    def latency(self) -> LatencyTable | None:
-        """The measured times that a latency budget is about; None under other budgets."""
-        return self._latency
+    def currency(self) -> Currency:
+        """What `keep` counts in the run that is under way, or was the last."""
+        if self._currency is None:
+            raise RuntimeError("There is no budget yet: call prune(dataset) first.")
+        return self._currency
 
     @property
     def model(self) -> PreTrainedModel:
@@ -194,16 +228,22 @@ class Pruner(ABC, Generic[C]):
         """
         return checkpoint.push(self, repo_id, **kwargs)
 
-    @contextmanager
-    def _lost_on_error(self, model: PreTrainedModel) -> Iterator[None]:
-        """Do not let a half-pruned model be pruned or saved."""
-        try:
-            yield
-        except BaseException:
-            self._model = None
-            raise
+    def _start(self, keep: float, dataset: Any, text_columns: Columns, label_column: str | None) -> Batches:
+        """Read the data, fix what is counted, and refuse what cannot be done; the model is not touched."""
+        model = self.model
+        check_finite(model)
+        batches = self._read(dataset, text_columns, label_column)
+        self.stages.clear()
+        config, table = self.config, None
+        if config.budget == "latency":
+            with quiet(model), self.timer()("latency"):
+                table = latency_table(model, config.round_to, config.latency_batch_size, batches.seq_len, config.latency_table)
+        dense = self.cost(batches)
+        self._currency = Currency(model, config.budget, config.round_to, batches.seq_len, dense, table)
+        self.check(keep, batches)
+        return batches
 
-    def _read(self, dataset: Any, text_columns: Sequence[str] | None, label_column: str | None) -> Batches:
+    def _read(self, dataset: Any, text_columns: Columns, label_column: str | None) -> Batches:
         model, use = self.model, self.labels
         if use == "none" and label_column is not None:
             raise ValueError(f"label_column={label_column!r} asked, but {self.method} with this config reads no labels.")
@@ -219,81 +259,38 @@ class Pruner(ABC, Generic[C]):
             labels_needed=use == "data",
         )
 
-    def limit(self, keep: float, dense: Cost, batches: Batches) -> float:
-        """What the kept units may cost together: the share `keep` of the dense model's, less what no plan can remove.
-
-        Raises:
-            ValueError: the smallest plan there is costs more.
-        """
-        groups, budget, table = find_groups(self.model), self.config.budget, self.latency
-        costs, sizes = self.choices(groups, batches)
-        if table is None:
-            total = getattr(dense, f"block_{budget}")
-            fixed = model_cost(self.model, budget, batches.seq_len) - sum(own[-1] for own in costs.values())
-        else:
-            total, fixed = table.total, table.fixed
-        least = fixed + sum(min(own) for own in costs.values())
-        if keep * total < least:
-            what = f"{total:,} {budget}" if table is None else f"{total / 1e6:.3f} ms on {table.device}"
-            neurons = max(sizes[group.name][0] for group in groups if group.structure == "neurons")
-            raise ValueError(
-                f"keep={keep} of {what} asked, but one head and {neurons} neurons in every block "
-                f"already make {least / total:.4f}. Keep more, or lower round_to."
-            )
-        return keep * total - fixed
-
-    def choices(self, groups: list[Group], batches: Batches) -> tuple[dict[str, list[int]], dict[str, list[int]]]:
-        """What each group may keep: the costs, in the budget's currency, of all sizes to choose from, and these sizes.
-
-        Under a latency budget only sizes that were timed; what costs nothing there is in `limit`.
-        """
-        if self.latency is not None:
-            return self.latency.choices(groups)
-        sizes = {group.name: options(group, self.config.round_to) for group in groups}
-        costs = self.unit_costs(groups, batches)
-        return {name: [costs[name] * size for size in own] for name, own in sizes.items()}, sizes
-
-    def _measured_latency(self, batches: Batches, stages: dict[str, Stage]) -> LatencyTable:
-        config = self.config
-        with quiet(self.model), timed(stages, "latency", device_of(self.model)):
-            return latency_table(self.model, config.round_to, config.latency_batch_size, batches.seq_len, config.latency_table)
-
-    def unit_costs(self, groups: list[Group], batches: Batches) -> dict[str, int]:
-        """What one unit of each group costs in the budget's currency."""
-        return {g.name: unit_cost(self.model, g, self.config.budget, batches.seq_len) for g in groups}
-
     def cost(self, batches: Batches) -> Cost:
         """The size of the model as it is now."""
-        params = sum(parameter.numel() for parameter in self.model.parameters())
-        return Cost(params, *(model_cost(self.model, budget, batches.seq_len) for budget in ("params", "macs")))
+        return Cost.of(self.model, batches.seq_len)
 
-    def _make_report(
-        self, lines: list[tuple[GroupReport, ...]], batches: Batches, dense: Cost, stages: dict[str, Stage]
-    ) -> PruningReport:
-        pruned, budget, latency = self.cost(batches), f"block_{self.config.budget}", None
-        groups = tuple(replace(last, units=first.units) for first, last in zip(lines[0], lines[-1], strict=True))
-        if self.latency is not None:
-            with quiet(self.model):
-                latency = self.latency.compare(self.model, self.config.keep, {group.name: group.kept for group in groups})
-            reached = latency.predicted / latency.dense
-        elif self.counts == "weights":  # zeros of old are as good as new ones
-            reached = sum(group.kept for group in groups) / sum(group.units for group in groups)
-        else:
-            reached = getattr(pruned, budget) / getattr(dense, budget)
-        return PruningReport(
-            method=self.method,
-            keep=self.config.keep,
-            budget=self.config.budget,
-            reached=reached,
-            seq_len=batches.seq_len,
-            num_tokens=batches.num_tokens,
-            num_examples=batches.num_examples,
-            data=batches.source,
-            fingerprint=batches.fingerprint,
-            dense=dense,
-            pruned=pruned,
-            groups=groups,
-            counts=self.counts,
-            stages=stages,
-            latency=latency,
-        )
+    def copied(self: P, keep: float) -> P:
+        """The same work, in the state it is in, on a copy of the model."""
+        model = copy.deepcopy(self.model)
+        other = type(self)(model, replace(self.config, keep=keep), self.tokenizer, self.source, caller_holds_model=False)
+        other._currency, other.stages = replace(self.currency, model=model), dict(self.stages)
+        return other
+
+    def finish(self, lines: Sequence[tuple[GroupReport, ...]], batches: Batches) -> None:
+        """Write the record of the pruned model, and the report of the shots that made it."""
+        write_record(self.model)
+        self._report = make_report(self, lines, batches)
+
+    @contextmanager
+    def at_work(self) -> Iterator[None]:
+        """The model in the state that measuring and cutting need."""
+        # a caller's inference_mode would make the new weights unfit for training, and forbid the Fisher pass
+        with torch.inference_mode(False), quiet(self.model):
+            yield
+
+    @contextmanager
+    def _lost_on_error(self, model: PreTrainedModel) -> Iterator[None]:
+        """Do not let a half-pruned model be pruned or saved."""
+        try:
+            yield
+        except BaseException:
+            self._model = None
+            raise
+
+    def timer(self, shot: int | None = None) -> TimedStage:
+        """A clock for the stages of this shot."""
+        return stage_timer(self.stages, "" if shot is None else f" {shot}", device_of(self.model))

@@ -4,17 +4,23 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from .budget import Cost
+from .data import Batches
 from .families import Group
 from .latency import Latency
+from .probes import quiet
+
+if TYPE_CHECKING:
+    from .pruner import Pruner
 
 
 @dataclass(frozen=True)
@@ -32,15 +38,6 @@ class GroupReport:
     def of(cls, group: Group, curve: Tensor, kept: int) -> GroupReport:
         """curve: the error for every number of units kept, [units + 1]."""
         return cls(group.name, group.units, kept, float(curve[kept] / curve[0]) if curve[0] else 0.0)
-
-
-@dataclass(frozen=True)
-class Cost:
-    """Size of a model: all parameters, those of its blocks, and the blocks' multiply-adds for one example."""
-
-    params: int
-    block_params: int
-    block_macs: int
 
 
 @dataclass(frozen=True)
@@ -104,6 +101,50 @@ class PruningReport:
             peak = "" if stage.peak_bytes is None else f", {stage.peak_bytes / 2**20:,.0f} MiB more than before"
             lines.append(f"{name}: {stage.seconds:.1f} s{peak}")
         return "\n".join(lines)
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """What a share of the model would keep, and the error that the method expects of it."""
+
+    keep: float
+    cost: Cost
+    error: float
+    """Sum over all groups, in the unit of the method's `rank`."""
+    kept: Mapping[str, int]
+    """Group name -> units."""
+
+
+def make_report(pruner: Pruner[Any], lines: Sequence[tuple[GroupReport, ...]], batches: Batches) -> PruningReport:
+    """The report of a pruner whose model is as it is to be; `lines`: what each shot did."""
+    table, budget, latency = pruner.currency.table, f"block_{pruner.config.budget}", None
+    dense, pruned = pruner.currency.dense, pruner.cost(batches)
+    groups = tuple(replace(last, units=first.units) for first, last in zip(lines[0], lines[-1], strict=True))
+    if table is not None:
+        with quiet(pruner.model):
+            latency = table.compare(pruner.model, pruner.config.keep, {group.name: group.kept for group in groups})
+        reached = latency.predicted / latency.dense
+    elif pruner.counts == "weights":  # zeros of old are as good as new ones
+        reached = sum(group.kept for group in groups) / sum(group.units for group in groups)
+    else:
+        reached = getattr(pruned, budget) / getattr(dense, budget)
+    return PruningReport(
+        method=pruner.method,
+        keep=pruner.config.keep,
+        budget=pruner.config.budget,
+        reached=reached,
+        seq_len=batches.seq_len,
+        num_tokens=batches.num_tokens,
+        num_examples=batches.num_examples,
+        data=batches.source,
+        fingerprint=batches.fingerprint,
+        dense=dense,
+        pruned=pruned,
+        groups=groups,
+        counts=pruner.counts,
+        stages=dict(pruner.stages),
+        latency=latency,
+    )
 
 
 TimedStage = Callable[[str], AbstractContextManager[None]]

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from optimum_stat import FisherConfig, FisherPruner
 from optimum_stat.budget import options, unit_cost
+from optimum_stat.currency import Currency
 from optimum_stat.data import Batches
 from optimum_stat.families import Group, find_groups, weight
 from optimum_stat.labels import IGNORED
@@ -129,8 +130,9 @@ def test_the_search_is_optimal_for_the_diagonal(family: str, keep: float, budget
     with quiet(model):
         stats = {group.name: own for group, own in pruner.measure(groups, items)}
         ranking = pruner.rank(groups, [(group, stats[group.name]) for group in groups])
-    limit = pruner.limit(keep, pruner.cost(items), items)
-    kept = pruner.allocate(groups, ranking, limit, items)
+    currency = Currency(model, budget, 1, items.seq_len, pruner.cost(items), None)
+    limit = currency.limit(keep)
+    kept = pruner.allocate(groups, ranking, keep, currency)
     own = {name: found.masks.square().sum(0) for name, found in stats.items()}
     costs = {group.name: unit_cost(model, group, budget, items.seq_len) for group in groups}
     best = min(

@@ -173,17 +173,17 @@ def test_a_model_takes_as_long_as_was_asked(pruner: Any, config: Any, tmp_path: 
     assert own.report.reached == found.predicted / found.dense <= 0.6
     assert "ms for 1 x 20 tokens on cpu" in str(own.report)
     for group in own.report.groups:
-        assert group.kept in own.latency.sizes[group.name]
+        assert group.kept in own.currency.table.sizes[group.name]
     own.save_pretrained(tmp_path / "pruned")
     recipe = json.loads((tmp_path / "pruned" / "stat_recipe.json").read_text())
-    assert recipe["latency_table"]["total"] == own.latency.total
+    assert recipe["latency_table"]["total"] == own.currency.table.total
     assert recipe["report"]["latency"]["batch_size"] == 1
     card = (tmp_path / "pruned" / "README.md").read_text()
     assert f"{found.asked:.2f} ms" in card
     assert "--budget latency" in card
     again = pruner(tiny("bert"), config(keep=0.7, budget="latency", latency_table=str(tmp_path / "pruned" / "stat_recipe.json")))
     again.prune(many())
-    assert again.latency == own.latency
+    assert again.currency.table == own.currency.table
 
 
 def test_a_prediction_that_fails_is_said(clock: Clock, caplog: pytest.LogCaptureFixture) -> None:

@@ -17,8 +17,8 @@ PACKAGE = Path(optimum_stat.__file__).parent
 LAYERS = (
     {"linalg", "families", "config", "autoload"},
     {"labels"},
-    {"rows", "data", "probes", "walk", "budget", "knapsack", "slicing", "structure", "latency", "correction"},
-    {"card", "report", "remote_code", "checkpoint"},
+    {"rows", "data", "probes", "walk", "budget", "knapsack", "slicing", "structure", "latency", "currency", "correction"},
+    {"card", "report", "remote_code", "checkpoint", "sweep"},
     {"pruner"},
     {"methods"},
     {"commands", "command_base", "command_data", "command_options", "comparison", "evaluation", "squad"},

@@ -14,6 +14,7 @@ from transformers.utils.logging import tqdm
 from ..budget import Ranking
 from ..card import Paper
 from ..config import PruningConfig
+from ..currency import Currency
 from ..data import Batches
 from ..families import Group
 from ..knapsack import allocate_exactly
@@ -139,18 +140,18 @@ class FisherPruner(Pruner[FisherConfig]):
             gradients[group.name], metric[group.name] = own, found.output
         return FisherRanking(order, error, gradients, metric)
 
-    def allocate(self, groups: list[Group], ranking: Ranking, limit: float, batches: Batches) -> dict[str, int]:
+    def allocate(self, groups: list[Group], ranking: Ranking, keep: float, currency: Currency) -> dict[str, int]:
         """The exact optimum of the diagonal objective; and, for the tuning, that of the teacher.
 
         The teacher keeps the square root of the share: a network half as far pruned is a target that can be reached.
         Source: the released code.
         """
         assert isinstance(ranking, FisherRanking)
-        choices = self.choices(groups, batches)
+        choices = currency.choices(groups)
         if self.config.tune:
-            wider = allocate_exactly(ranking.error, *choices, self.limit(self.config.keep**0.5, self.cost(batches), batches))
+            wider = allocate_exactly(ranking.error, *choices, currency.limit(keep**0.5))
             self._teacher, self._metric = Pruner.select(self, ranking, wider), ranking.metric
-        return allocate_exactly(ranking.error, *choices, limit)
+        return allocate_exactly(ranking.error, *choices, currency.limit(keep))
 
     def select(self, ranking: Ranking, kept: Mapping[str, int]) -> Plan:
         """The units of the largest Fisher information, or what exchanging some of them makes of these."""

@@ -14,6 +14,7 @@ from ..budget import Ranking
 from ..card import Paper
 from ..config import PruningConfig
 from ..correction import corrected_consumer
+from ..currency import Currency
 from ..data import Batches
 from ..families import Group, weight
 from ..linalg import add_to_gram, backward_elimination, symmetrize
@@ -127,11 +128,11 @@ class STATPruner(Pruner[STATConfig]):
             order[group.name], error[group.name] = backward_elimination(gram, scaled, group.width, self.config.ridge)
         return Ranking(order, error)
 
-    def allocate(self, groups: list[Group], ranking: Ranking, limit: float, batches: Batches) -> dict[str, int]:
+    def allocate(self, groups: list[Group], ranking: Ranking, keep: float, currency: Currency) -> dict[str, int]:
         """One allocation over all groups (published: a threshold for neurons, one for heads)."""
         if isinstance(ranking, stat_published.PublishedRanking):
-            return stat_published.allocate(groups, ranking, self.unit_costs(groups, batches), limit)
-        return Pruner.allocate(self, groups, ranking, limit, batches)
+            return stat_published.allocate(groups, ranking, currency.unit_costs(groups), currency.limit(keep))
+        return Pruner.allocate(self, groups, ranking, keep, currency)
 
     def repair(self, groups: list[Group], plan: Plan, batches: Batches) -> None:
         """Correct each consumer on what the network before it has become, and slice it.

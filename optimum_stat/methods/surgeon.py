@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers.utils.logging import tqdm
 
-from ..budget import Ranking
+from ..budget import Cost, Ranking
 from ..card import Paper
 from ..config import PruningConfig
 from ..correction import corrected_consumer, set_bias
@@ -18,7 +18,7 @@ from ..data import Batches
 from ..families import Group, find_groups, weight
 from ..linalg import backward_elimination, cholesky
 from ..pruner import Pruner
-from ..report import Cost, GroupReport, TimedStage
+from ..report import GroupReport, TimedStage
 from ..slicing import Plan, set_weight, slice_group
 from ..walk import BlockWalk
 from . import surgeon_lora, surgeon_published, surgeon_sparse
@@ -103,6 +103,8 @@ class SurgeonPruner(Pruner[SurgeonConfig]):
         arxiv="2312.17244",
     )
 
+    nested: ClassVar[bool] = True
+
     @property
     def labels(self) -> str:
         """The config's, in the words of `Pruner.labels`."""
@@ -113,12 +115,12 @@ class SurgeonPruner(Pruner[SurgeonConfig]):
         """Units, or weights where they become zeros."""
         return "units" if self.config.structure == "units" else "weights"
 
-    def check(self, dense: Cost, batches: Batches) -> None:
+    def check(self, keep: float, batches: Batches) -> None:
         """Refuse what no shot could do."""
         if self.config.lora_epochs:
             surgeon_lora.check(self.model)
         if self.config.structure == "units":
-            Pruner.check(self, dense, batches)
+            Pruner.check(self, keep, batches)
         elif self.config.structure == "2:4":
             surgeon_sparse.check(self.model)
 
@@ -130,10 +132,10 @@ class SurgeonPruner(Pruner[SurgeonConfig]):
         left, every = surgeon_sparse.nonzeros(self.model)
         return replace(cost, params=cost.params - every + left, block_params=left)
 
-    def shoot(self, keep: float, dense: Cost, batches: Batches, stage: TimedStage) -> tuple[GroupReport, ...]:
+    def shoot(self, keep: float, batches: Batches, stage: TimedStage) -> tuple[GroupReport, ...]:
         """Prune the model, as it is now, to `keep` of the dense one, and correct it."""
         if self.counts == "units":
-            lines = Pruner.shoot(self, keep, dense, batches, stage)
+            lines = Pruner.shoot(self, keep, batches, stage)
         else:
             lines = surgeon_sparse.shoot(self.model, keep, batches, self.config, stage)
         if self.config.lora_epochs:

@@ -1,0 +1,83 @@
+"""What `keep` counts, on the model at hand: what all of it costs, and what each size of a group does."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from .budget import Cost, model_cost, options, unit_cost
+from .families import Group, find_groups
+from .latency import LatencyTable
+
+
+@dataclass(frozen=True)
+class Currency:
+    """Parameters, MACs or measured nanoseconds; shares are always of the dense model."""
+
+    model: Any
+    """As it is now, which may be after some shots."""
+    budget: str
+    round_to: int
+    seq_len: int
+    """Mean length of the calibration data's examples: what MACs are counted for."""
+    dense: Cost
+    """The size of the model before the first shot."""
+    table: LatencyTable | None
+    """The measured times that a latency budget is about; None under other budgets."""
+
+    def limit(self, keep: float) -> float:
+        """What the kept units may cost together: the share `keep` of the dense model's cost, less what no plan can remove.
+
+        Raises:
+            ValueError: the smallest plan there is costs more.
+        """
+        groups = find_groups(self.model)
+        costs, sizes = self.choices(groups)
+        if self.table is None:
+            total = getattr(self.dense, f"block_{self.budget}")
+            fixed = model_cost(self.model, self.budget, self.seq_len) - sum(own[-1] for own in costs.values())
+        else:
+            total, fixed = self.table.total, self.table.fixed
+        least = fixed + sum(min(own) for own in costs.values())
+        if keep * total < least:
+            what = f"{total:,} {self.budget}" if self.table is None else f"{total / 1e6:.3f} ms on {self.table.device}"
+            neurons = max(sizes[group.name][0] for group in groups if group.structure == "neurons")
+            raise ValueError(
+                f"keep={keep} of {what} asked, but one head and {neurons} neurons in every block "
+                f"already make {least / total:.4f}. Keep more, or lower round_to."
+            )
+        return keep * total - fixed
+
+    def reaches(self, keep: float) -> bool:
+        """Whether there is a plan so small."""
+        try:
+            self.limit(keep)
+        except ValueError:
+            return False
+        return True
+
+    def choices(self, groups: Sequence[Group]) -> tuple[dict[str, list[int]], dict[str, list[int]]]:
+        """What each group may keep: the costs of all sizes to choose from, and these sizes.
+
+        Under a latency budget only sizes that were timed; what costs nothing there is in `limit`.
+        """
+        if self.table is not None:
+            return self.table.choices(groups)
+        sizes = {group.name: options(group, self.round_to) for group in groups}
+        costs = self.unit_costs(groups)
+        return {name: [costs[name] * size for size in own] for name, own in sizes.items()}, sizes
+
+    def unit_costs(self, groups: Sequence[Group]) -> dict[str, int]:
+        """What one unit of each group costs, in parameters or MACs."""
+        return {group.name: unit_cost(self.model, group, self.budget, self.seq_len) for group in groups}
+
+    def cost_of(self, kept: Mapping[str, int]) -> Cost:
+        """The size that the model would have with these units: exactly that of the sliced model."""
+        saved = dict.fromkeys(("params", "macs"), 0)
+        for group in find_groups(self.model):
+            for budget in saved:
+                unit = unit_cost(self.model, group, budget, self.seq_len)
+                saved[budget] += unit * (group.units - kept[group.name])
+        now = Cost.of(self.model, self.seq_len)
+        return Cost(now.params - saved["params"], now.block_params - saved["params"], now.block_macs - saved["macs"])
