@@ -10,6 +10,7 @@ import sys
 from abc import abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext, redirect_stdout
+from pathlib import Path
 from typing import Any, NoReturn, final
 
 from optimum.commands.base import BaseOptimumCLICommand
@@ -46,6 +47,35 @@ class Command(BaseOptimumCLICommand):
                 raise
             _fail(2 if isinstance(error, WrongArguments) else 1, _line(error))
         print(json.dumps(_finite(values), indent=2) if self.args.json else text)
+
+
+def check_model(model: str) -> None:
+    """Refuse what can only be a folder and is none, before any work."""
+    model = model.rpartition("/")[0] if model.endswith(".gguf") else model
+    looks_like_path = model != os.path.normpath(model) or model.count("/") > 1 or model.startswith(("/", ".", "~"))
+    if looks_like_path and not Path(model).exists():
+        raise FileNotFoundError(f"model {model} asked, but there is no such folder.")
+
+
+def loading(args: Any) -> dict[str, Any]:
+    """What goes to from_pretrained."""
+    names = ("dtype", "device_map", "revision", "gguf_file", "trust_remote_code")
+    return {name: getattr(args, name) for name in names if getattr(args, name)}
+
+
+def device(args: Any) -> Any:
+    """Where to move the model; None: where `--device-map` puts it."""
+    import torch
+
+    if args.device_map:
+        return None
+    asked = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(asked)
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"--device {asked} asked, but it cannot be used: {error}") from error
+    return device
 
 
 @contextmanager

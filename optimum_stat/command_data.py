@@ -32,18 +32,28 @@ def load(name: str | None, config_name: str | None, split: str | None, *, stream
     check(name)
     path = Path(name)
     if path.is_dir() and (path / "state.json").is_file():  # what Dataset.save_to_disk writes
-        dataset = datasets.load_from_disk(name)
+        found = datasets.load_from_disk(name)
     else:
         file = {"data_files": name} if path.is_file() else {}
         source, kind = (FILES[path.suffix.lower()], None) if file else (name, config_name)
         if split is None:
             split = _evaluation_split(name, config_name) if for_evaluation and not file else "train"
         try:
-            dataset = datasets.load_dataset(source, kind, split=split, streaming=streaming, **file)
+            found = datasets.load_dataset(source, kind, split=split, streaming=streaming, **file)
         except (datasets.exceptions.DatasetGenerationError, StopIteration) as error:  # the latter if a JSON file is empty
             raise ValueError(f"--dataset {name} cannot be read: {error.__cause__ or str(error) or 'it is empty'}") from error
-    dataset.info.dataset_name = path.name if path.exists() else name  # without the folder: it ends in the model card
-    return dataset
+    found.info.dataset_name = path.name if path.exists() else name  # without the folder: it ends in the model card
+    return found
+
+
+def dataset(args: Any, *, for_evaluation: bool) -> Any:
+    """`load` what the options of `command_options.add_data_options` say."""
+    return load(args.dataset, args.dataset_config, args.split, streaming=args.streaming, for_evaluation=for_evaluation)
+
+
+def text_columns(args: Any) -> list[str] | None:
+    """The columns given, with spaces or commas between them."""
+    return [name for part in args.text_columns for name in part.split(",")] if args.text_columns else None
 
 
 def _evaluation_split(name: str, config_name: str | None) -> str:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import ast
 import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -51,7 +52,7 @@ def methods() -> dict[str, tuple[ConfigField, ...]]:
     return found
 
 
-def add_config_options(parser: argparse.ArgumentParser) -> None:
+def add_config_options(parser: argparse.ArgumentParser, without: Sequence[str] = ()) -> None:
     """One option for every field of every method's configuration; what is not given stays out of the result."""
     known = methods()
     group = parser.add_argument_group("how much to keep, and on how much data to decide it")
@@ -60,7 +61,8 @@ def add_config_options(parser: argparse.ArgumentParser) -> None:
         "--paper", action="store_true", help="start from the method's published configuration instead of its best one"
     )
     for field in shared_fields():
-        _add_field(group, field, _help(field))
+        if field.name not in without:
+            _add_field(group, field, _help(field))
     own: dict[str, dict[str, ConfigField]] = {}
     for method, fields in known.items():
         for field in fields:

@@ -126,6 +126,12 @@ def has_loss(model: nn.Module, batches: Batches) -> bool:
     return batches.labels is not None or task_of(model) == "text-generation"
 
 
+def num_predictions(model: nn.Module, batches: Batches) -> int:
+    """How many predictions the loss over all data is the sum of: one a token, or one an example."""
+    tokenwise = task_of(model) in ("text-generation", "fill-mask", "token-classification", "feature-extraction")
+    return batches.num_tokens if tokenwise else batches.num_examples
+
+
 @dataclass(frozen=True)
 class Sensitivity:
     """Of the loss, at one group; float64, on the CPU."""

@@ -23,7 +23,7 @@ from .families import Group, check_finite, find_groups, is_causal, task_of
 from .knapsack import allocate_exactly
 from .latency import latency_table
 from .probes import device_of, quiet
-from .report import Forecast, GroupReport, PruningReport, Stage, TimedStage, make_report, stage_timer
+from .report import Forecast, GroupReport, Lines, PruningReport, Stage, TimedStage, make_report, stage_timer
 from .slicing import Plan, restored_on_error, slice_model
 from .structure import write_record
 from .sweep import SHARES, descending, family, forecasts
@@ -111,10 +111,10 @@ class Pruner(ABC, Generic[C]):
         If anything goes wrong, a model that was handed in live is as it was before, bit for bit.
         """
         batches = self._start(self.config.keep, dataset, text_columns, label_column)
-        lines, several = [], len(self.schedule()) > 1
+        schedule, lines = self.schedule(), []
         with self.at_work(), self._guard(self.model):
-            for shot, keep in enumerate(self.schedule(), start=1):
-                lines.append(self.shoot(keep, batches, self.timer(shot if several else None)))
+            for shot, keep in enumerate(schedule, start=1):
+                lines.append(self.shoot(keep, batches, self.timer(shot if len(schedule) > 1 else None)))
             self.finish(lines, batches)
         return self.model
 
@@ -142,6 +142,10 @@ class Pruner(ABC, Generic[C]):
         shares = descending(keep)
         return forecasts(self, shares, self._start(shares[0], dataset, text_columns, label_column))
 
+    def nats(self, batches: Batches) -> float:
+        """What an error of 1 in the ranking is expected to add to the loss of a prediction, in nats, if the method knows."""
+        return 1.0
+
     def check(self, keep: float, batches: Batches) -> None:
         """Refuse, before any work, what cannot be reached. Default: a budget below the smallest plan."""
         self.currency.limit(keep)
@@ -150,7 +154,7 @@ class Pruner(ABC, Generic[C]):
         """The shares of the dense model to keep, shot after shot; the last is `config.keep`. Default: one shot."""
         return (self.config.keep,)
 
-    def shoot(self, keep: float, batches: Batches, stage: TimedStage) -> tuple[GroupReport, ...]:
+    def shoot(self, keep: float, batches: Batches, stage: TimedStage) -> Lines:
         """Prune the model, as it is now, to `keep` of the dense one."""
         groups = find_groups(self.model)
         return self.cut(groups, self.survey(groups, batches, stage), keep, batches, stage)
@@ -161,17 +165,15 @@ class Pruner(ABC, Generic[C]):
             return self.rank(groups, self.measure(groups, batches))
 
     @final
-    def cut(
-        self, groups: list[Group], ranking: Ranking, keep: float, batches: Batches, stage: TimedStage
-    ) -> tuple[GroupReport, ...]:
+    def cut(self, groups: list[Group], ranking: Ranking, keep: float, batches: Batches, stage: TimedStage) -> Lines:
         """Decide the sizes, correct what stays, slice the rest away."""
         kept = self.allocate(groups, ranking, keep, self.currency)
-        plan = self.select(ranking, kept)
+        plan, nats = self.select(ranking, kept), self.nats(batches)
         batches.warn_if_few(max(kept[group.name] * group.width for group in groups))
         with stage("repair"):
             self.repair(groups, plan, batches)
             slice_model(self.model, plan)
-        return tuple(GroupReport.of(group, ranking.error[group.name], kept[group.name]) for group in groups)
+        return tuple(GroupReport.of(group, ranking.error[group.name], kept[group.name], nats) for group in groups)
 
     @abstractmethod
     def measure(self, groups: list[Group], batches: Batches) -> Iterable[tuple[Group, Any]]:
@@ -270,7 +272,7 @@ class Pruner(ABC, Generic[C]):
         other._currency, other.stages = replace(self.currency, model=model), dict(self.stages)
         return other
 
-    def finish(self, lines: Sequence[tuple[GroupReport, ...]], batches: Batches) -> None:
+    def finish(self, lines: Sequence[Lines], batches: Batches) -> None:
         """Write the record of the pruned model, and the report of the shots that made it."""
         write_record(self.model)
         self._report = make_report(self, lines, batches)

@@ -33,11 +33,17 @@ class GroupReport:
     error: float
     """The predicted error at this size, as a share of the error of removing the whole group (0 if nothing was removed). In
     several shots, that of the last one."""
+    expected: float
+    """The predicted increase of the loss, see `Pruner.nats`; that of all shots together."""
 
     @classmethod
-    def of(cls, group: Group, curve: Tensor, kept: int) -> GroupReport:
-        """curve: the error for every number of units kept, [units + 1]."""
-        return cls(group.name, group.units, kept, float(curve[kept] / curve[0]) if curve[0] else 0.0)
+    def of(cls, group: Group, curve: Tensor, kept: int, nats: float) -> GroupReport:
+        """curve: the error for every number of units kept, [units + 1]; nats: what an error of 1 stands for."""
+        return cls(group.name, group.units, kept, float(curve[kept] / curve[0]) if curve[0] else 0.0, nats * float(curve[kept]))
+
+
+Lines = tuple[GroupReport, ...]
+"""What one shot did, group by group."""
 
 
 @dataclass(frozen=True)
@@ -65,7 +71,7 @@ class PruningReport:
     fingerprint: str
     dense: Cost
     pruned: Cost
-    groups: tuple[GroupReport, ...]
+    groups: Lines
     counts: str = "units"
     """What the groups count: "units" that were sliced away, or "weights" that became zeros in a model of the old shape."""
     stages: dict[str, Stage] = field(default_factory=dict)
@@ -77,9 +83,14 @@ class PruningReport:
         widest = max((group.kept for group in self.groups if group.name.endswith("neurons")), default=1)
         return self.num_tokens / widest
 
+    @property
+    def error(self) -> float:
+        """The increase of the loss that the method expected: the sum over all groups, see `Pruner.nats`."""
+        return sum(group.expected for group in self.groups)
+
     def to_dict(self) -> dict[str, Any]:
         """Everything, as plain JSON values."""
-        return {**dataclasses.asdict(self), "tokens_per_unit": round(self.tokens_per_unit, 1)}
+        return {**dataclasses.asdict(self), "error": self.error, "tokens_per_unit": round(self.tokens_per_unit, 1)}
 
     def __str__(self) -> str:
         of = "the model's" if self.budget == "latency" else "the blocks'"
@@ -110,16 +121,19 @@ class Forecast:
     keep: float
     cost: Cost
     error: float
-    """Sum over all groups, in the unit of the method's `rank`."""
+    """The increase of the loss that the method expects, see `Pruner.nats`."""
     kept: Mapping[str, int]
     """Group name -> units."""
 
 
-def make_report(pruner: Pruner[Any], lines: Sequence[tuple[GroupReport, ...]], batches: Batches) -> PruningReport:
+def make_report(pruner: Pruner[Any], lines: Sequence[Lines], batches: Batches) -> PruningReport:
     """The report of a pruner whose model is as it is to be; `lines`: what each shot did."""
     table, budget, latency = pruner.currency.table, f"block_{pruner.config.budget}", None
     dense, pruned = pruner.currency.dense, pruner.cost(batches)
-    groups = tuple(replace(last, units=first.units) for first, last in zip(lines[0], lines[-1], strict=True))
+    groups = tuple(
+        replace(shots[-1], units=shots[0].units, expected=sum(shot.expected for shot in shots))
+        for shots in zip(*lines, strict=True)
+    )
     if table is not None:
         with quiet(pruner.model):
             latency = table.compare(pruner.model, pruner.config.keep, {group.name: group.kept for group in groups})

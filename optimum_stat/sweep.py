@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+import dataclasses
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from .budget import Cost
 from .data import Batches
 from .families import find_groups
-from .report import Forecast
+from .latency import Latency
+from .report import Forecast, PruningReport
 
 if TYPE_CHECKING:
     from .pruner import Pruner
@@ -60,12 +64,54 @@ def forecasts(pruner: Pruner[Any], shares: list[float], batches: Batches) -> tup
     """What would be kept at every share that can be reached. `shares` fall."""
     if pruner.counts == "weights":
         raise ValueError("A plan asked of a method that makes zeros: what a weight costs depends on which others go with it.")
-    groups, found = find_groups(pruner.model), list[Forecast]()
+    groups, found, nats = find_groups(pruner.model), list[Forecast](), pruner.nats(batches)
     with pruner.at_work():
         ranking = pruner.survey(groups, batches, pruner.timer())
         for share in shares:
             if found and not pruner.currency.reaches(share):
                 break
             kept = pruner.allocate(groups, ranking, share, pruner.currency)
-            found.append(Forecast(share, pruner.currency.cost_of(kept), ranking.total(kept), kept))
+            found.append(Forecast(share, pruner.currency.cost_of(kept), nats * ranking.total(kept), kept))
     return tuple(found)
+
+
+@dataclass(frozen=True)
+class SweepReport:
+    """Several sizes of one model. `str(report)` is a table; `to_dict()` holds plain JSON values."""
+
+    method: str
+    budget: str
+    dense: Cost
+    keep: tuple[float, ...]
+    costs: tuple[Cost, ...]
+    errors: tuple[float, ...]
+    """What the method expected of each: see `Forecast.error`."""
+    latencies: tuple[Latency | None, ...]
+    """Measured, where the budget was a latency and the models exist."""
+
+    @classmethod
+    def of_models(cls, reports: Sequence[PruningReport]) -> SweepReport:
+        """Of models that have been pruned."""
+        first = reports[0]
+        rows = [(report.keep, report.pruned, report.error, report.latency) for report in reports]
+        return cls(first.method, first.budget, first.dense, *zip(*rows, strict=True))
+
+    @classmethod
+    def of_plan(cls, pruner: Pruner[Any], plan: Sequence[Forecast]) -> SweepReport:
+        """Of models that have not."""
+        rows = [(forecast.keep, forecast.cost, forecast.error, None) for forecast in plan]
+        return cls(pruner.method, pruner.config.budget, pruner.currency.dense, *zip(*rows, strict=True))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything, as plain JSON values."""
+        return dataclasses.asdict(self)
+
+    def __str__(self) -> str:
+        names = f"{'keep':>6}{'parameters':>14}{'':>6}{'of the blocks':>15}{'MACs':>8}{'expected error':>16}"
+        lines = [names + (f"{'ms':>9}{'':>6}" if self.latencies[0] else "")]
+        for keep, cost, error, latency in zip(self.keep, self.costs, self.errors, self.latencies, strict=True):
+            line = f"{keep:>6.4g}{cost.params:>14,}{cost.params / self.dense.params:>6.2f}"
+            line += f"{cost.block_params / self.dense.block_params:>15.2f}{cost.block_macs / self.dense.block_macs:>8.2f}"
+            timed = f"{latency.measured:>9.2f}{latency.measured / latency.dense:>6.2f}" if latency else ""
+            lines.append(f"{line}{error:>16.4g}{timed}")
+        return "\n".join(lines)

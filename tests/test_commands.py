@@ -404,3 +404,51 @@ def test_ctrl_c_leaves_nothing(data: dict[str, str], tmp_path: Path) -> None:
     assert out == b""
     assert err.decode().endswith("interrupted\n")
     assert list(home.iterdir()) == []
+
+
+def test_sweep_writes_every_size_and_a_table(folders: dict[str, str], data: dict[str, str], tmp_path: Path, capsys: Any) -> None:
+    out = tmp_path / "family"
+    main(
+        [
+            "sweep",
+            "-m",
+            folders["llama"],
+            "-d",
+            data["data.jsonl"],
+            "--keep",
+            "0.9,0.6",
+            "--round-to",
+            "1",
+            "--quiet",
+            "--json",
+            str(out),
+        ]
+    )
+    found = json.loads(capsys.readouterr().out)
+    assert found == json.loads((out / "sweep.json").read_text())
+    assert found["keep"] == [0.9, 0.6]
+    for share, cost in zip(("0.9", "0.6"), found["costs"], strict=True):
+        assert LlamaForCausalLM.from_pretrained(out / share).num_parameters() == cost["params"]
+    assert found["errors"][0] < found["errors"][1]
+
+
+def test_sweep_without_output_cuts_nothing(folders: dict[str, str], data: dict[str, str], tmp_path: Path, capsys: Any) -> None:
+    main(["sweep", "-m", folders["llama"], "-d", data["data.jsonl"], "--round-to", "1", "--quiet"])
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].split()[0] == "keep"
+    assert len(lines) > 5
+    assert not list(tmp_path.iterdir())
+
+
+def test_sweep_refuses_what_it_cannot_do(folders: dict[str, str], data: dict[str, str], tmp_path: Path, capsys: Any) -> None:
+    start = ["sweep", "-m", folders["llama"], "-d", data["data.jsonl"]]
+    for wrong, code, says in (
+        ([str(tmp_path / "out")], 2, "OUTPUT asked without --keep"),
+        (["--keep", "half"], 2, "shares with commas"),
+        (["--keep", "0.5,2"], 1, "must be a list of shares in (0, 1], not 2.0"),
+    ):
+        with pytest.raises(SystemExit) as stopped:
+            main([*start, *wrong])
+        assert stopped.value.code == code
+        assert says in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())

@@ -18,7 +18,7 @@ from ..currency import Currency
 from ..data import Batches
 from ..families import Group
 from ..knapsack import allocate_exactly
-from ..probes import Sensitivity, has_loss, sensitivities
+from ..probes import Sensitivity, has_loss, num_predictions, sensitivities
 from ..pruner import Pruner
 from ..slicing import Plan
 from . import fisher_tuning
@@ -109,6 +109,10 @@ class FisherPruner(Pruner[FisherConfig]):
     def labels(self) -> str:
         """The config's, in the words of `Pruner.labels`."""
         return "none" if self.config.labels == "model" else self.config.labels
+
+    def nats(self, batches: Batches) -> float:
+        """Half of the squared gradients."""
+        return 0.5 / num_predictions(self.model, batches)
 
     def measure(self, groups: list[Group], batches: Batches) -> Iterator[tuple[Group, Sensitivity]]:
         """Gradients of masks and of outputs, from one forward and one backward pass."""

@@ -18,7 +18,7 @@ from ..currency import Currency
 from ..data import Batches
 from ..families import Group, weight
 from ..linalg import add_to_gram, backward_elimination, symmetrize
-from ..probes import output_fisher
+from ..probes import num_predictions, output_fisher
 from ..pruner import Pruner
 from ..slicing import Plan, set_weight, slice_group
 from ..walk import BlockWalk
@@ -96,6 +96,10 @@ class STATPruner(Pruner[STATConfig]):
         year=2024,
         arxiv="2406.00061",
     )
+
+    def nats(self, batches: Batches) -> float:
+        """Half of a squared error in the metric of the Fisher information; unknown gradient-free."""
+        return 0.5 / num_predictions(self.model, batches) if self.config.metric == "fisher" and not self.config.published else 1.0
 
     def measure(self, groups: list[Group], batches: Batches) -> Iterator[tuple[Group, Moments]]:
         """Gram matrices of every consumer's input, block by block in one forward pass."""

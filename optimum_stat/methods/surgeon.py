@@ -17,8 +17,9 @@ from ..correction import corrected_consumer, set_bias
 from ..data import Batches
 from ..families import Group, find_groups, weight
 from ..linalg import backward_elimination, cholesky
+from ..probes import num_predictions
 from ..pruner import Pruner
-from ..report import GroupReport, TimedStage
+from ..report import Lines, TimedStage
 from ..slicing import Plan, set_weight, slice_group
 from ..walk import BlockWalk
 from . import surgeon_lora, surgeon_published, surgeon_sparse
@@ -132,7 +133,7 @@ class SurgeonPruner(Pruner[SurgeonConfig]):
         left, every = surgeon_sparse.nonzeros(self.model)
         return replace(cost, params=cost.params - every + left, block_params=left)
 
-    def shoot(self, keep: float, batches: Batches, stage: TimedStage) -> tuple[GroupReport, ...]:
+    def shoot(self, keep: float, batches: Batches, stage: TimedStage) -> Lines:
         """Prune the model, as it is now, to `keep` of the dense one, and correct it."""
         if self.counts == "units":
             lines = Pruner.shoot(self, keep, batches, stage)
@@ -148,6 +149,10 @@ class SurgeonPruner(Pruner[SurgeonConfig]):
         """`1 - t (1 - keep) / shots` for t = 1 to `shots` (the paper's linear schedule)."""
         gone, shots = 1 - self.config.keep, self.config.shots
         return [*(1 - t * gone / shots for t in range(1, shots)), self.config.keep]
+
+    def nats(self, batches: Batches) -> float:
+        """The factors are means over tokens."""
+        return batches.num_tokens / num_predictions(self.model, batches)
 
     def measure(self, groups: list[Group], batches: Batches) -> Iterator[tuple[Group, Mapping[nn.Module, Factors]]]:
         """Both factors of every consumer (published: and of the producers that decide), a few blocks in one pass."""

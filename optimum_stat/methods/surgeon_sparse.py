@@ -21,7 +21,7 @@ from ..correction import set_bias
 from ..data import Batches
 from ..families import Group, find_groups, weight
 from ..linalg import add_to_gram, cholesky, damped, symmetrize
-from ..report import GroupReport, TimedStage
+from ..report import GroupReport, Lines, TimedStage
 from ..slicing import set_weight
 from ..walk import BlockWalk
 from . import surgeon_kfac as kfac
@@ -58,7 +58,7 @@ def nonzeros(model: nn.Module) -> tuple[int, int]:
     return sum(line.kept for line in lines), sum(line.units for line in lines)
 
 
-def shoot(model: nn.Module, keep: float, batches: Batches, config: SurgeonConfig, stage: TimedStage) -> tuple[GroupReport, ...]:
+def shoot(model: nn.Module, keep: float, batches: Batches, config: SurgeonConfig, stage: TimedStage) -> Lines:
     """Empty all but `keep` of the weights of the model as it is now, and correct the others."""
     groups, total = find_groups(model), nonzeros(model)[1]
     layers: dict[int, list[nn.Module]] = {}
@@ -187,4 +187,4 @@ def _line(group: Group, error: Mapping[nn.Module, tuple[float, float]]) -> Group
     weights = [weight(linear) for linear in linears_of(group)]
     spent, every = (sum(error[linear][i] for linear in error.keys() & set(linears_of(group))) for i in range(2))
     units, kept = sum(value.numel() for value in weights), sum(int(value.count_nonzero()) for value in weights)
-    return GroupReport(group.name, units, kept, spent / every if every else 0.0)
+    return GroupReport(group.name, units, kept, spent / every if every else 0.0, spent)

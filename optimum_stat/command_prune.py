@@ -1,0 +1,155 @@
+"""The commands that make models small: `prune`, and `sweep` for several sizes at once."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import os
+from pathlib import Path
+from typing import Any, final
+
+from . import command_data, command_options
+from .command_base import LOGGER, Command, Result, WrongArguments, check_model, device, loading
+
+
+@final
+class PruneCommand(Command):
+    """`prune`."""
+
+    @staticmethod
+    def parse_args(parser: Any) -> None:
+        """Declare the options."""
+        parser.description = "Prune a model and write it, ready for from_pretrained, into a new folder."
+        parser.add_argument("output", metavar="OUTPUT", type=Path, help="folder to write, new or empty")
+        parser.add_argument("-m", "--model", required=True, help="a model on the Hub, or a folder")
+        command_options.add_config_options(parser)
+        command_options.add_data_options(parser, "which part of the dataset (default: train)")
+        command_options.add_model_options(parser)
+        group = parser.add_argument_group("publishing")
+        group.add_argument(
+            "--push-to-hub", nargs="?", const="", metavar="REPO_ID", help="push too; without a name, under that of the folder"
+        )
+        group.add_argument("--private", action="store_true", help="make the repo private if it is new")
+        command_options.add_output_options(parser)
+
+    def work(self) -> Result:
+        """Prune, save, push."""
+        args = self.args
+        _check_output(args.output)
+        repo_id = _repo_id(args)
+        pruner, data = _pruner_and_data(args)
+        pruner.prune(**data)
+        pruner.save_pretrained(args.output)
+        url = pruner.push_to_hub(repo_id, private=args.private or None) if repo_id else None
+        name = type(pruner.model).__name__
+        load = f'import optimum_stat; from transformers import {name}; model = {name}.from_pretrained("{args.output}")'
+        lines = [str(pruner.report), f"saved in {args.output}", *([f"pushed: {url}"] if url else []), "", load]
+        return "\n".join(lines), {"output": str(args.output), "url": url, "load": load, "report": pruner.report.to_dict()}
+
+
+@final
+class SweepCommand(Command):
+    """`sweep`."""
+
+    @staticmethod
+    def parse_args(parser: Any) -> None:
+        """Declare the options."""
+        parser.description = (
+            "Prune a model to several sizes from one calibration. Each goes into a folder of its own in OUTPUT, named by the "
+            "share that it keeps, beside sweep.json with the table that is printed. Without OUTPUT nothing is cut: the table "
+            "says what would be kept, and which error the method expects."
+        )
+        parser.add_argument("output", metavar="OUTPUT", nargs="?", type=Path, help="folder to write, new or empty")
+        parser.add_argument("-m", "--model", required=True, help="a model on the Hub, or a folder")
+        parser.add_argument(
+            "--keep", dest="shares", type=_shares, metavar="SHARE,...", help="such as 0.8,0.6,0.4 (default: 1, 0.95, ..., 0.1)"
+        )
+        command_options.add_config_options(parser, without=("keep",))
+        command_options.add_data_options(parser, "which part of the dataset (default: train)")
+        command_options.add_model_options(parser)
+        command_options.add_output_options(parser)
+
+    def work(self) -> Result:
+        """Measure once; save each, or only say what it would be."""
+        args = self.args
+        if args.output is not None:
+            if args.shares is None:
+                raise WrongArguments("OUTPUT asked without --keep: say which sizes to write, such as --keep 0.8,0.6,0.4.")
+            _check_output(args.output)
+        pruner, data = _pruner_and_data(args)
+        from .sweep import SweepReport
+
+        shares = {} if args.shares is None else {"keep": args.shares}
+        if args.output is None:
+            found = SweepReport.of_plan(pruner, pruner.plan(**data, **shares))
+            return str(found), found.to_dict()
+        reports = []
+        for small in pruner.sweep(**data, **shares):
+            small.save_pretrained(args.output / str(small.config.keep))
+            reports.append(small.report)
+        found = SweepReport.of_models(reports)
+        (args.output / "sweep.json").write_text(json.dumps(found.to_dict(), indent=2) + "\n")
+        return f"{found}\nsaved in {args.output}", found.to_dict()
+
+
+def _pruner_and_data(args: Any) -> tuple[Any, dict[str, Any]]:
+    """The pruner, and what its `prune` takes; what can be refused early is."""
+    check_model(args.model)
+    command_data.check(args.dataset)
+    method, config = _method_and_config(args)
+    if args.dataset is None:
+        LOGGER.info("no --dataset: the calibration data is %s. Your own data is better.", command_data.BUNDLED)
+    dataset = command_data.dataset(args, for_evaluation=False)
+    where = device(args)
+    pruner = method.from_pretrained(args.model, config, task=args.task, **loading(args))
+    if where is not None:
+        pruner.model.to(where)
+    return pruner, {"dataset": dataset, "text_columns": command_data.text_columns(args), "label_column": args.label_column}
+
+
+def _shares(text: str) -> list[float]:
+    try:
+        return [float(part) for part in text.split(",")]
+    except ValueError:
+        raise argparse.ArgumentTypeError(
+            f"{text!r} asked; it must be shares with commas between them, such as 0.8,0.6."
+        ) from None
+
+
+def _check_output(folder: Path) -> None:
+    """Before hours of work: a folder that exists must be empty, and one that does not must be possible."""
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise FileExistsError(f"{folder} exists and is not an empty folder; nothing was done. Choose another place.")
+    above = next(parent for parent in folder.absolute().parents if parent.exists())
+    if not above.is_dir() or not os.access(above, os.W_OK):
+        raise PermissionError(f"{folder} cannot be made: {above} is not a folder that can be written to.")
+
+
+def _repo_id(args: Any) -> str | None:
+    """Where to push, checked before any work; None: nowhere."""
+    if args.push_to_hub is None:
+        if args.private:
+            raise WrongArguments("--private asked without --push-to-hub.")
+        return None
+    from huggingface_hub import get_token
+
+    if get_token() is None:
+        raise ValueError("--push-to-hub needs a token: run `hf auth login` or set HF_TOKEN. Nothing was done.")
+    return args.push_to_hub or args.output.absolute().name
+
+
+def _method_and_config(args: Any) -> tuple[Any, Any]:
+    """The method's class and its configuration; imports torch."""
+    try:
+        given = command_options.given_config(args)
+    except KeyError as error:
+        raise WrongArguments(f"{error.args[0]} is no option of method {args.method}.") from None
+    from .methods import METHODS
+
+    method: Any = next(method for method in METHODS if method.method == args.method)
+    start = method.config_class.paper() if args.paper else method.config_class()
+    try:
+        return method, dataclasses.replace(start, **given)
+    except ValueError as error:
+        raise WrongArguments(str(error)) from error
