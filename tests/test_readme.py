@@ -47,23 +47,28 @@ def run(command, folder, env):
 
 def test_python_blocks(workplace):
     folder, hub, env = workplace
-    prune, load = blocks("python")
+    prune, load, several = blocks("python")
     report = run([sys.executable, "-c", prune], folder, env)
     assert re.search(r"^stat: (49\.\d|50\.0)% of the blocks' macs kept", report, flags=re.M), report
     assert {"config.json", "model.safetensors", "README.md", "tokenizer.json"} <= set(hub.files("me/minilm-half"))
     printed = run([sys.executable, "-c", f"{load}\nprint(model.config.stat_pruning['neurons'])"], folder, env)
     assert len(set(map(int, re.findall(r"\d+", printed)))) > 1
+    before = prune.partition("model = ")[0]
+    run([sys.executable, "-c", before + several], folder, env)
+    assert {f"minilm-{share}" for share in (0.8, 0.6, 0.4)} <= {path.name for path in folder.iterdir()}
 
 
 def test_shell_commands(workplace):
     folder, _, env = workplace
-    (shell,) = blocks("bash")
-    commands = shell.strip().splitlines()
-    assert [command.split()[2] for command in commands] == ["prune", "evaluate", "inspect"]
+    commands = "".join(blocks("bash")).strip().splitlines()
+    assert [command.split()[2] for command in commands] == ["prune", "evaluate", "inspect", "sweep", "sweep"]
+    outputs = []
     for command in commands:
         program, *arguments = command.split()
-        output = run([str(Path(sys.executable).parent / program), *arguments], folder, env)
-    assert re.search(r"neurons", output)
+        outputs.append(run([str(Path(sys.executable).parent / program), *arguments], folder, env))
+    assert re.search(r"neurons", outputs[2])
+    assert re.search(r"expected error", outputs[3])
+    assert {path.name for path in (folder / "family").iterdir()} == {"0.8", "0.6", "0.4", "sweep.json"}
 
 
 def test_installation_commands_are_those_of_make():
