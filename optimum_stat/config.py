@@ -35,6 +35,9 @@ class PruningConfig:
     """Examples in one forward pass. Memory for activations grows with it; the result hardly depends on it."""
     seed: int = 0
     """Of everything a method draws at random."""
+    distill_epochs: int = 0
+    """Afterwards, train the weights that stay for so many passes over the calibration data, to predict what the dense model
+    predicts. No labels; each pass costs about four forward passes. 0: nothing is trained."""
     latency_batch_size: int = 1
     """Examples in the batch whose time a latency budget counts."""
     latency_table: str | None = None
@@ -47,6 +50,8 @@ class PruningConfig:
             raise ValueError(f"keep={self.keep} asked; it is the share of the model that stays and must lie in (0, 1].")
         if self.budget not in BUDGETS:
             raise ValueError(f"budget={self.budget!r} asked; it must be one of {', '.join(map(repr, BUDGETS))}.")
+        if not isinstance(self.distill_epochs, int) or self.distill_epochs < 0:
+            raise ValueError(f"distill_epochs={self.distill_epochs!r} asked; it must be a whole number of at least 0.")
         for name in ("round_to", "batch_size", "seq_len", "num_tokens", "max_examples", "latency_batch_size"):
             value = getattr(self, name)
             if value is not None and (not isinstance(value, int) or value < 1):

@@ -4,11 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from .budget import Cost, model_cost, options, unit_cost
+from .config import PruningConfig
 from .families import Group, find_groups
-from .latency import LatencyTable
+from .latency import LatencyTable, latency_table
+from .probes import quiet
+
+if TYPE_CHECKING:
+    from .report import TimedStage
 
 
 @dataclass(frozen=True)
@@ -25,6 +30,15 @@ class Currency:
     """The size of the model before the first shot."""
     table: LatencyTable | None
     """The measured times that a latency budget is about; None under other budgets."""
+
+    @classmethod
+    def of(cls, model: Any, config: PruningConfig, seq_len: int, dense: Cost, stage: TimedStage) -> Currency:
+        """Of a dense model; measures its latency if the budget is one."""
+        table = None
+        if config.budget == "latency":
+            with quiet(model), stage("latency"):
+                table = latency_table(model, config.round_to, config.latency_batch_size, seq_len, config.latency_table)
+        return cls(model, config.budget, config.round_to, seq_len, dense, table)
 
     def limit(self, keep: float) -> float:
         """What the kept units may cost together: the share `keep` of the dense model's cost, less what no plan can remove.

@@ -182,21 +182,47 @@ def sensitivities(
     return {name: Sensitivity(torch.cat(parts), output_sums[name]) for name, parts in masks.items()}
 
 
+@dataclass(frozen=True)
+class Prediction:
+    """One output of a model: the logits of distributions, or plain values, taken as means of unit-variance Gaussians."""
+
+    value: Tensor
+    """[examples, classes], [examples, tokens, classes], or, over tokens, [examples, tokens]."""
+    mask: Tensor | None
+    """Which tokens are real: [examples, tokens]; None where there is one prediction an example."""
+    kind: str
+    """"logits", "over tokens" (a softmax over the tokens of the sequence) or "values"."""
+
+    def mean(self) -> Tensor:
+        """What is predicted: probabilities, or the values; zero on padding. At least float32, without gradient."""
+        value = self.value.detach().float()
+        if self.kind == "over tokens":
+            assert self.mask is not None
+            return value.masked_fill(torch.eq(self.mask, 0), -torch.inf).softmax(-1)
+        value = value.softmax(-1) if self.kind == "logits" else value
+        return value if self.mask is None else value * self.mask[..., None]
+
+
+def predictions(output: Any, mask: Tensor) -> list[Prediction]:
+    """What the model predicts, in the order in which it does."""
+    if "start_logits" in output:
+        return [Prediction(output[name], mask, "over tokens") for name in ("start_logits", "end_logits")]
+    value = output["logits"] if "logits" in output else output["last_hidden_state"]
+    kind = "logits" if "logits" in output and value.shape[-1] > 1 else "values"
+    return [Prediction(value, mask if value.dim() == 3 else None, kind)]
+
+
 def drawn_gradients(output: Any, mask: Tensor, generators: list[torch.Generator]) -> tuple[list[Tensor], list[Tensor]]:
     """The model's predictions and a random gradient for each, drawn from their Fisher information."""
-    names = [name for name in ("logits", "start_logits", "end_logits") if name in output] or ["last_hidden_state"]
-    outputs = [output[name] for name in names]
-    drawn = []
-    for name, value, generator in zip(names, outputs, generators, strict=False):
-        over_tokens = name in ("start_logits", "end_logits")  # a softmax over the tokens of the sequence
-        noise = _noise(value, mask if over_tokens or value.dim() == 3 else None, generator)
-        if name != "last_hidden_state" and value.shape[-1] > 1:
-            logits = value.detach().float()
-            p = (logits.masked_fill(mask == 0, -torch.inf) if over_tokens else logits).softmax(-1)
-            noise.mul_(p.sqrt_())  # in place: with a large vocabulary each of these tensors is as big as a layer
-            noise.addcmul_(p.square_(), noise.sum(-1, keepdim=True), value=-1)
-        drawn.append(noise.to(value.dtype))
-    return outputs, drawn
+    found, drawn = predictions(output, mask), []
+    for each, generator in zip(found, generators, strict=False):
+        noise = _noise(each.value, each.mask, generator)
+        if each.kind != "values":
+            p = each.mean()
+            noise.mul_(p.sqrt())
+            noise.addcmul_(p, noise.sum(-1, keepdim=True), value=-1)
+        drawn.append(noise.to(each.value.dtype))
+    return [each.value for each in found], drawn
 
 
 def _noise(value: Tensor, mask: Tensor | None, generator: torch.Generator) -> Tensor:

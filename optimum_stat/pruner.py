@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Generic, TypeVar, final
 
 import torch
+from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from . import checkpoint
@@ -19,9 +20,9 @@ from .card import Paper
 from .config import PruningConfig
 from .currency import Currency
 from .data import Batches, make_batches
+from .distillation import distill, teacher_of
 from .families import Group, check_finite, find_groups, is_causal, task_of
 from .knapsack import allocate_exactly
-from .latency import latency_table
 from .probes import device_of, quiet
 from .report import Forecast, GroupReport, Lines, PruningReport, Stage, TimedStage, make_report, stage_timer
 from .slicing import Plan, restored_on_error, slice_model
@@ -80,6 +81,7 @@ class Pruner(ABC, Generic[C]):
         self._report: PruningReport | None = None
         self._currency: Currency | None = None
         self.stages: dict[str, Stage] = {}
+        self._dense: nn.Module | None = None
         self._guard = restored_on_error if caller_holds_model else self._lost_on_error
 
     @classmethod
@@ -99,8 +101,7 @@ class Pruner(ABC, Generic[C]):
         live model is pruned in place.
         """
         model, tokenizer, source = checkpoint.load(model_or_path, tokenizer=tokenizer, task=task, **kwargs)
-        live = model is model_or_path
-        return cls(model, config if config is not None else cls.config_class(), tokenizer, source, caller_holds_model=live)
+        return cls(model, config or cls.config_class(), tokenizer, source, caller_holds_model=model is model_or_path)
 
     @final
     def prune(self, dataset: Any, *, text_columns: Columns = None, label_column: str | None = None) -> PreTrainedModel:
@@ -236,13 +237,9 @@ class Pruner(ABC, Generic[C]):
         check_finite(model)
         batches = self._read(dataset, text_columns, label_column)
         self.stages.clear()
-        config, table = self.config, None
-        if config.budget == "latency":
-            with quiet(model), self.timer()("latency"):
-                table = latency_table(model, config.round_to, config.latency_batch_size, batches.seq_len, config.latency_table)
-        dense = self.cost(batches)
-        self._currency = Currency(model, config.budget, config.round_to, batches.seq_len, dense, table)
+        self._currency = Currency.of(model, self.config, batches.seq_len, self.cost(batches), self.timer())
         self.check(keep, batches)
+        self._dense = teacher_of(model) if self.config.distill_epochs else None
         return batches
 
     def _read(self, dataset: Any, text_columns: Columns, label_column: str | None) -> Batches:
@@ -269,11 +266,15 @@ class Pruner(ABC, Generic[C]):
         """The same work, in the state it is in, on a copy of the model."""
         model = copy.deepcopy(self.model)
         other = type(self)(model, replace(self.config, keep=keep), self.tokenizer, self.source, caller_holds_model=False)
-        other._currency, other.stages = replace(self.currency, model=model), dict(self.stages)
+        other._currency, other.stages, other._dense = replace(self.currency, model=model), dict(self.stages), self._dense
         return other
 
     def finish(self, lines: Sequence[Lines], batches: Batches) -> None:
-        """Write the record of the pruned model, and the report of the shots that made it."""
+        """Let the dense model teach the pruned one, if asked to; write its record, and the report of the shots that made it."""
+        if self._dense is not None:
+            with self.timer()("distill"):
+                distill(self.model, self._dense, batches, self.config.distill_epochs, self.config.seed)
+            self._dense = None
         write_record(self.model)
         self._report = make_report(self, lines, batches)
 

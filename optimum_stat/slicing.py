@@ -8,7 +8,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from .families import Group, Producer, find_groups, weight
+from .families import Group, Producer, find_blocks, find_groups, weight
 
 Plan = Mapping[str, Tensor]
 """Group name -> the units to keep, in the order in which they shall stand afterwards."""
@@ -77,15 +77,12 @@ def set_weight(linear: nn.Module, value: Tensor) -> None:
 
 @contextmanager
 def restored_on_error(model: nn.Module) -> Iterator[None]:
-    """Put the weights and sizes of every group back if the enclosed work fails or is interrupted.
+    """Put the parameters and sizes of all blocks back if the enclosed work fails or is interrupted.
 
     Keeps the old weights alive until the end, so the peak holds the dense model beside the pruned one; what must not be
     changed in place is every parameter: replace it, as `set_weight` does.
     """
-    groups = find_groups(model)
-    linears = {linear for g in groups for linear in (*(p.linear for p in g.producers), g.consumer)}
-    before = [(module, dict(module.__dict__), dict(module._parameters)) for module in linears]
-    counts = [(module, name, getattr(module, name)) for group in groups for module, name, _ in group.counts]
+    before = [(module, dict(module.__dict__), dict(module._parameters)) for module in find_blocks(model).modules()]
     try:
         yield
     except BaseException:
@@ -93,6 +90,4 @@ def restored_on_error(model: nn.Module) -> Iterator[None]:
             module.__dict__.update(attributes)
             module._parameters.clear()
             module._parameters.update(parameters)
-        for module, name, value in counts:
-            setattr(module, name, value)
         raise

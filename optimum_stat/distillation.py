@@ -1,0 +1,81 @@
+"""Train what is left, for a few passes over the calibration data, to predict what the dense model predicts. No labels."""
+
+from __future__ import annotations
+
+import copy
+import logging
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.utils.logging import tqdm
+
+from .data import Batches
+from .families import find_blocks
+from .probes import device_of, predictions, small_parts
+
+logger = logging.getLogger(__name__)
+RATE = 0.001
+"""Largest step of a weight, as a share of the root mean square of its tensor."""
+WARM_UP = 0.1  # of all steps
+
+
+def teacher_of(model: nn.Module) -> nn.Module:
+    """A model of its own with the same parameters, which are shared: pruning replaces parameters, it never changes them."""
+    tensors = (*model.parameters(), *model.buffers())
+    return copy.deepcopy(model, {id(tensor): tensor for tensor in tensors})
+
+
+def distill(model: nn.Module, teacher: nn.Module, batches: Batches, epochs: int, seed: int) -> None:
+    """Train all parameters of the blocks, for `epochs` passes over the data, about 512 tokens at a step.
+
+    The loss is the mean over predictions of the Kullback-Leibler divergence from the teacher's distribution, or half of the
+    squared difference where the output is no logits. Adam, whose steps are a share of each tensor's size, so that one rate
+    serves all models; it rises over the first tenth of the steps and falls to zero. Weights that are zero stay zero. The blocks
+    get new parameters, the old ones stay as they are. Call it inside `quiet(model)`, which takes the gradients away again.
+    Source: Hinton et al. 1503.02531 (temperature 1); steps relative to the parameter from Adafactor (1804.04235).
+    """
+    weights = _renewed(model)
+    masters = [weight.detach().float().clone().requires_grad_() for weight in weights]  # small steps vanish in half precision
+    empty = [master == 0 for master in masters]
+    sizes = [float(master.detach().square().mean().sqrt()) for master in masters]
+    optimizer = torch.optim.AdamW([{"params": [master]} for master in masters], betas=(0.9, 0.95), weight_decay=0.0)
+    parts, generator = small_parts(batches), torch.Generator().manual_seed(seed)
+    order = [int(at) for _ in range(epochs) for at in torch.randperm(len(parts), generator=generator)]
+    teacher.eval()
+    with torch.enable_grad():
+        for step, at in enumerate(tqdm(order, desc="Distilling", unit="batch")):
+            _backward(model, teacher, {name: value.to(device_of(model)) for name, value in parts[at][0].items()})
+            share = min((step + 1) / (WARM_UP * len(order)), 1 - step / len(order))
+            for group, size, master, weight in zip(optimizer.param_groups, sizes, masters, weights, strict=True):
+                group["lr"] = RATE * share * size
+                master.grad, weight.grad = None if weight.grad is None else weight.grad.float(), None
+            optimizer.step()
+            with torch.no_grad():
+                for weight, master, zeros in zip(weights, masters, empty, strict=True):
+                    weight.copy_(master.masked_fill_(zeros, 0))
+
+
+def _renewed(model: nn.Module) -> list[nn.Parameter]:
+    """New parameters, equal to the old ones, in all blocks; each once, also if blocks share it."""
+    new: dict[nn.Parameter, nn.Parameter] = {}
+    for module in find_blocks(model).modules():
+        for name, old in module.named_parameters(recurse=False):
+            if old not in new:
+                new[old] = nn.Parameter(old.detach().clone())
+            setattr(module, name, new[old])
+    return list(new.values())
+
+
+def _backward(model: Any, teacher: Any, inputs: dict[str, Tensor]) -> None:
+    """Gradients of the loss of one batch."""
+    with torch.no_grad():
+        wanted = predictions(teacher(**inputs), inputs["attention_mask"])
+    found = predictions(model(**inputs), inputs["attention_mask"])
+    differences = [own.mean() - target.mean() for own, target in zip(found, wanted, strict=True)]
+    scale = 1 / max(
+        1, *(int(len(own.value) if own.kind == "over tokens" or own.mask is None else own.mask.sum()) for own in found)
+    )
+    torch.autograd.backward(
+        [own.value for own in found], [(scale * d).to(own.value.dtype) for own, d in zip(found, differences, strict=True)]
+    )
