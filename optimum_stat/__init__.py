@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from .methods.surgeon import SurgeonConfig as SurgeonConfig
     from .methods.surgeon import SurgeonPruner as SurgeonPruner
     from .pruner import Pruner as Pruner
+    from .semi_structured import to_sparse_semi_structured as to_sparse_semi_structured
 
 __version__ = "0.1.0.dev0"
 _HOME = {
@@ -32,6 +33,7 @@ _HOME = {
     "STATPruner": "methods.stat",
     "SurgeonConfig": "methods.surgeon",
     "SurgeonPruner": "methods.surgeon",
+    "to_sparse_semi_structured": "semi_structured",
 }
 __all__ = [
     "FisherConfig",
@@ -43,6 +45,7 @@ __all__ = [
     "SurgeonConfig",
     "SurgeonPruner",
     "__version__",
+    "to_sparse_semi_structured",
 ]
 
 

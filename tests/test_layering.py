@@ -30,6 +30,7 @@ LAYERS = (
         "currency",
         "correction",
         "distillation",
+        "semi_structured",
     },
     {"card", "report", "remote_code", "checkpoint", "sweep"},
     {"pruner"},

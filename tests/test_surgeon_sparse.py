@@ -8,15 +8,16 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import batches, many, outputs, tiny
+from tiny import LAYERS, batches, many, outputs, tiny
 from torch import Tensor, nn
 
-from optimum_stat import SurgeonConfig, SurgeonPruner
+from optimum_stat import SurgeonConfig, SurgeonPruner, to_sparse_semi_structured
 from optimum_stat.data import Batches
 from optimum_stat.families import find_groups, weight
 from optimum_stat.methods import surgeon_curvature, surgeon_sparse
 from optimum_stat.methods.surgeon_curvature import measure_factors
 from optimum_stat.probes import quiet
+from optimum_stat.semi_structured import is_two_of_four
 
 STRUCTURES = ["elements", "2:4", "lines"]
 RECIPES = {
@@ -193,8 +194,35 @@ def test_two_of_four_refuses_other_widths_before_any_work(monkeypatch: pytest.Mo
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="torch's semi-structured tensors live on CUDA devices only")
-def test_two_of_four_becomes_a_semi_structured_tensor() -> None:
+def test_two_of_four_becomes_semi_structured_tensors() -> None:
     model = tiny("llama", hidden_size=128, intermediate_size=128)
     prune(model, structure="2:4", keep=0.5)
-    value = weight(layers_of(model)[0]).detach().half().cuda()
-    assert torch.equal(torch.sparse.to_sparse_semi_structured(value).to_dense(), value)
+    model.to("cuda", torch.bfloat16)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    names = to_sparse_semi_structured(model)
+    assert len(names) == LAYERS * 7
+    for name in names:
+        assert torch.equal(model.get_submodule(name).weight.to_dense(), before[f"{name}.weight"])
+
+
+def test_semi_structured_tensors_are_refused_where_they_cannot_be() -> None:
+    model = tiny("llama")
+    with pytest.raises(ValueError, match=r"No linear layer .* has two zeros in every four"):
+        to_sparse_semi_structured(model)
+    prune(model, structure="2:4", keep=0.5)
+    with pytest.raises(ValueError, match=r"model.layers.0.self_attn.q_proj is torch.float32 on cpu; .* on CUDA"):
+        to_sparse_semi_structured(model)
+
+
+@pytest.mark.parametrize(
+    ("rows", "so"),
+    [
+        ([[0, 1, 0, 2]], True),
+        ([[0, 0, 0, 2]], True),
+        ([[0, 1, 1, 2]], False),
+        ([[1, 0, 0]], False),
+        ([[1, 1, 0, 0, 0, 1, 1, 1]], False),
+    ],
+)
+def test_what_is_two_of_four(rows: list[list[int]], so: bool) -> None:
+    assert is_two_of_four(torch.tensor(rows)) is so

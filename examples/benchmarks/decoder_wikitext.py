@@ -25,6 +25,8 @@ SEQ_LEN = 512
 RECIPES: dict[str, tuple[Any, Callable[..., Any]]] = {
     "stat": (STATPruner, STATConfig),
     "stat, gradient-free": (STATPruner, lambda **asked: STATConfig(metric="stream", **asked)),
+    "stat, distilled": (STATPruner, lambda **asked: STATConfig(distill_epochs=1, **asked)),
+    "stat, distilled 3 times": (STATPruner, lambda **asked: STATConfig(distill_epochs=3, **asked)),
     "fisher": (FisherPruner, FisherConfig),
 }
 
