@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from .config import PruningConfig as PruningConfig
     from .methods.fisher import FisherConfig as FisherConfig
     from .methods.fisher import FisherPruner as FisherPruner
+    from .methods.movement import MovementConfig as MovementConfig
+    from .methods.movement import MovementPruner as MovementPruner
     from .methods.stat import STATConfig as STATConfig
     from .methods.stat import STATPruner as STATPruner
     from .methods.surgeon import SurgeonConfig as SurgeonConfig
@@ -26,6 +28,8 @@ __version__ = "0.1.0.dev0"
 _HOME = {
     "FisherConfig": "methods.fisher",
     "FisherPruner": "methods.fisher",
+    "MovementConfig": "methods.movement",
+    "MovementPruner": "methods.movement",
     "Pruner": "pruner",
     "PruningConfig": "config",
     "STATConfig": "methods.stat",
@@ -36,6 +40,8 @@ _HOME = {
 __all__ = [
     "FisherConfig",
     "FisherPruner",
+    "MovementConfig",
+    "MovementPruner",
     "Pruner",
     "PruningConfig",
     "STATConfig",

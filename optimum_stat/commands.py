@@ -14,7 +14,7 @@ from typing import Any, ClassVar, final
 
 from optimum.commands.base import BaseOptimumCLICommand, CommandInfo
 
-from . import __version__, command_data, command_options
+from . import __version__, command_data, command_options, command_training
 from .command_base import LOGGER, Command, Result, WrongArguments
 
 
@@ -30,6 +30,7 @@ class PruneCommand(Command):
         parser.add_argument("-m", "--model", required=True, help="a model on the Hub, or a folder")
         command_options.add_config_options(parser)
         command_options.add_data_options(parser, "which part of the dataset (default: train)")
+        command_options.add_training_options(parser)
         command_options.add_model_options(parser)
         group = parser.add_argument_group("publishing")
         group.add_argument(
@@ -46,6 +47,7 @@ class PruneCommand(Command):
         command_data.check(args.dataset)
         repo_id = _repo_id(args)
         method, config = _method_and_config(args)
+        training = command_training.arguments(args, method)
         if args.dataset is None:
             LOGGER.info("no --dataset: the calibration data is %s. Your own data is better.", command_data.BUNDLED)
         dataset = _dataset(args, for_evaluation=False)
@@ -53,7 +55,7 @@ class PruneCommand(Command):
         pruner = method.from_pretrained(args.model, config, task=args.task, **_loading(args))
         if device is not None:
             pruner.model.to(device)
-        pruner.prune(dataset, text_columns=_text_columns(args), label_column=args.label_column)
+        pruner.prune(dataset, text_columns=_text_columns(args), label_column=args.label_column, **training)
         pruner.save_pretrained(args.output)
         url = pruner.push_to_hub(repo_id, private=args.private or None) if repo_id else None
         name = type(pruner.model).__name__

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, ClassVar, Generic, TypeVar, final
+from typing import Any, ClassVar, Generic, TypeVar
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -94,7 +94,6 @@ class Pruner(ABC, Generic[C]):
         live = model is model_or_path
         return cls(model, config if config is not None else cls.config_class(), tokenizer, source, caller_holds_model=live)
 
-    @final
     def prune(
         self, dataset: Any, *, text_columns: Sequence[str] | None = None, label_column: str | None = None
     ) -> PreTrainedModel:
@@ -203,8 +202,8 @@ class Pruner(ABC, Generic[C]):
             self._model = None
             raise
 
-    def _read(self, dataset: Any, text_columns: Sequence[str] | None, label_column: str | None) -> Batches:
-        model, use = self.model, self.labels
+    def _read(self, dataset: Any, text_columns: Sequence[str] | None, label_column: str | None, needs: str = "") -> Batches:
+        model, use = self.model, needs or self.labels
         if use == "none" and label_column is not None:
             raise ValueError(f"label_column={label_column!r} asked, but {self.method} with this config reads no labels.")
         return make_batches(

@@ -16,12 +16,26 @@ from optimum_stat.families import FAMILIES
 PACKAGE = Path(optimum_stat.__file__).parent
 LAYERS = (
     {"linalg", "families", "config", "autoload"},
-    {"labels"},
-    {"rows", "data", "probes", "walk", "budget", "knapsack", "slicing", "structure", "latency", "correction"},
+    {"labels", "trained_config"},
+    {
+        "rows",
+        "data",
+        "probes",
+        "walk",
+        "budget",
+        "knapsack",
+        "slicing",
+        "structure",
+        "latency",
+        "correction",
+        "training",
+        "training_data",
+    },
     {"card", "report", "remote_code", "checkpoint"},
     {"pruner"},
+    {"trained"},
     {"methods"},
-    {"commands", "command_base", "command_data", "command_options", "comparison", "evaluation", "squad"},
+    {"commands", "command_base", "command_data", "command_options", "command_training", "comparison", "evaluation", "squad"},
 )
 """From the bottom up: a file imports from its own layer or from one below it; the lowest imports nothing of ours."""
 FREE = {"__init__", "_wheel"}  # the lazy door to everything, and the one file that installation puts elsewhere

@@ -1,0 +1,260 @@
+"""What the trained methods add to `transformers.Trainer`: masks that are learned beside the weights, and a teacher."""
+
+from __future__ import annotations
+
+import random
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import kl_div, mse_loss
+from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers.trainer_pt_utils import LengthGroupedSampler
+from transformers.trainer_utils import get_last_checkpoint
+
+from .families import Group, task_of
+from .training_data import Collator, Example, metrics_of, scores
+
+TEMPERATURE = 2.0
+"""Of the distillation (both sources)."""
+MASKS = "stat_masks"
+"""Where the masks hang in the model while it trains, so that Trainer's checkpoints hold them."""
+
+
+class Diverged(RuntimeError):
+    """The loss or a gradient is no number any more."""
+
+
+class Masks(nn.Module, ABC):
+    """What a method learns beside the weights: its parameters are the masks', and reach the model while they are attached."""
+
+    learning_rate: float
+    """Of the masks, at the peak of Trainer's schedule."""
+
+    @abstractmethod
+    def attached(self) -> AbstractContextManager[None]:
+        """Let the model compute with the masks."""
+
+    @abstractmethod
+    def step(self, progress: float) -> None:
+        """Before every optimizer step: bring what depends on the schedule to `progress`, in [0, 1]. A function of it and of
+        the parameters alone, so that a resumed run goes on as if it had not stopped."""
+
+    @abstractmethod
+    def penalty(self) -> Tensor:
+        """What is added to the loss of one optimizer step."""
+
+    @abstractmethod
+    def scores(self, group: Group) -> Tensor:
+        """How much each unit of `group` is worth, [units], float64 on the CPU; comparable between groups."""
+
+
+class PruningTrainer(Trainer):
+    """`Trainer` with masks and a teacher; its arguments, callbacks, checkpoints and devices are Trainer's own.
+
+    The loss of a batch is `(1 - distill) CE + distill T^2 KL(teacher || student) + penalty`: means over the batch, which Trainer
+    divides by the number of accumulated batches. So the penalty counts once for every optimizer step, however many there are.
+    The loss that an evaluation reports is that of the labels alone (of the teacher, where there are none).
+    """
+
+    loss_is_scaled_for_ga = False
+
+    def __init__(
+        self,
+        model: nn.Module,
+        args: TrainingArguments,
+        train: Sequence[Example],
+        evaluation: Sequence[Example] | None,
+        *,
+        pad_id: int,
+        masks: Masks | None,
+        teacher: nn.Module | None,
+        distill: float,
+    ):
+        """`masks` are attached already; `distill` in [0, 1] is the teacher's share of the loss."""
+        Trainer.__init__(
+            self,
+            model,
+            args,
+            data_collator=Collator(pad_id, next_tokens=task_of(model) == "text-generation"),
+            train_dataset=train,
+            eval_dataset=evaluation,
+            compute_metrics=None if not metrics_of(model) else lambda prediction: scores(model, prediction),
+            callbacks=[_Watch(masks)],
+        )
+        self._masks, self._distill = masks, distill
+        self._teacher = None if teacher is None or not distill else teacher.to(args.device)
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+        """Trainer's; but its sampler by length draws from where the generator happens to be, so a resumed epoch would differ."""
+        sampler = Trainer._get_train_sampler(self, train_dataset)
+        if not isinstance(sampler, LengthGroupedSampler):
+            return sampler
+        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
+        return _ByLength(sampler.batch_size, sampler.lengths, seed)
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """The masks are a group of their own: their learning rate, no weight decay."""
+        learned = [] if self._masks is None else [p for p in self._masks.parameters() if p.requires_grad]
+        for parameter in learned:
+            parameter.requires_grad_(False)
+        Trainer.create_optimizer(self, model)
+        for parameter in learned:
+            parameter.requires_grad_(True)
+        if learned and self._masks is not None:
+            self.optimizer.add_param_group({"params": learned, "lr": self._masks.learning_rate, "weight_decay": 0.0})
+        return self.optimizer
+
+    def compute_loss(
+        self, model: nn.Module, inputs: Mapping[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        """The loss of one batch, see the class."""
+        outputs = model(**inputs)
+        own = outputs.get("loss")
+        alone = self._teacher is None or (not model.training and own is not None)
+        if alone:
+            assert own is not None
+            loss = own
+        else:
+            assert self._teacher is not None
+            with torch.no_grad():
+                wanted = self._teacher(**{name: value for name, value in inputs.items() if name not in self.label_names})
+            loss = self._distill * distillation(self._teacher, outputs, wanted, inputs["attention_mask"])
+            if self._distill < 1:
+                loss = loss + (1 - self._distill) * own
+        if model.training and self._masks is not None:
+            loss = loss + self._masks.penalty()
+        return (loss, outputs) if return_outputs else loss
+
+    def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
+        """One batch; stops where the loss is no number, before it reaches the weights."""
+        loss: Tensor = Trainer.training_step(self, model, inputs, num_items_in_batch)
+        if not torch.isfinite(loss):
+            raise _diverged(f"the loss is {float(loss)}", self.args, self.state)
+        return loss
+
+
+class _ByLength(LengthGroupedSampler):
+    """Examples of like length together, drawn anew in every epoch, by its number."""
+
+    def __init__(self, batch_size: int, lengths: list[int], seed: int):
+        LengthGroupedSampler.__init__(self, batch_size, lengths=lengths)
+        self._seed = seed
+        self.set_epoch(0)
+
+    def set_epoch(self, epoch: int) -> None:
+        self.generator = torch.Generator().manual_seed(self._seed + epoch)
+
+
+class _Watch(TrainerCallback):
+    """Moves the schedule before every step, and looks at the gradients after it."""
+
+    def __init__(self, masks: Masks | None):
+        self._masks = masks
+
+    def on_step_begin(self, args: TrainingArguments, state: Any, control: Any, **kwargs: Any) -> None:
+        if self._masks is not None:
+            self._masks.step(state.global_step / state.max_steps)
+
+    def on_pre_optimizer_step(self, args: TrainingArguments, state: Any, control: Any, **kwargs: Any) -> None:
+        gradients = [p.grad for p in kwargs["model"].parameters() if p.grad is not None]
+        # with a loss scaler, an overflow is an ordinary event: it skips the step
+        if not args.fp16 and gradients and not torch.isfinite(torch.nn.utils.get_total_norm(gradients)):
+            raise _diverged("a gradient is NaN or infinite", args, state)
+
+
+def _diverged(what: str, args: TrainingArguments, state: Any) -> Diverged:
+    last = get_last_checkpoint(args.output_dir)
+    kept = f"the last good state is {last}" if last else "no checkpoint was written (save_strategy, save_steps)"
+    return Diverged(
+        f"Training diverged in step {state.global_step + 1} of {state.max_steps}: {what}. The model is as it was; {kept}. Lower "
+        f"learning_rate (now {args.learning_rate:g}) or that of the masks, or max_grad_norm (now {args.max_grad_norm:g})."
+    )
+
+
+def distillation(model: nn.Module, outputs: Any, wanted: Any, mask: Tensor) -> Tensor:
+    """`T^2 KL(teacher || student)` of the predicted distributions, mean over examples, or over real tokens where each has one.
+
+    For answers in a text the mean of start and end; for regression and independent labels the mean squared difference of the
+    outputs; without a head that of the last hidden states. T = 2. Source: Block Pruning's code (SQuAD and GLUE), VTrans's alike.
+    """
+    if "start_logits" in wanted:
+        hidden = mask == 0
+        pairs = [(outputs[name].masked_fill(hidden, -1e9), wanted[name].masked_fill(hidden, -1e9)) for name in _SPANS]
+        return torch.stack([_divergence(*pair) for pair in pairs]).mean()
+    name = "logits" if "logits" in wanted else "last_hidden_state"
+    own, other = outputs[name].float(), wanted[name].float()
+    if own.shape[:2] == mask.shape and own.dim() == 3:
+        real = mask.bool()
+        own, other = own[real], other[real]
+    independent = getattr(model.config, "problem_type", None) == "multi_label_classification"
+    if name != "logits" or own.shape[-1] == 1 or independent:
+        return mse_loss(own, other)
+    return _divergence(own, other)
+
+
+_SPANS = ("start_logits", "end_logits")
+
+
+def _divergence(own: Tensor, other: Tensor) -> Tensor:
+    student, teacher = ((value.float() / TEMPERATURE).log_softmax(-1) for value in (own, other))
+    return TEMPERATURE**2 * kl_div(student, teacher, reduction="batchmean", log_target=True)
+
+
+@contextmanager
+def masks_in(model: nn.Module, masks: Masks) -> Iterator[None]:
+    """The masks at work in the model and in its state, and gone afterwards."""
+    with masks.attached():
+        model.add_module(MASKS, masks)
+        try:
+            yield
+        finally:
+            del model._modules[MASKS]
+
+
+@contextmanager
+def own_randomness() -> Iterator[None]:
+    """Trainer seeds every generator there is; afterwards they are where they were."""
+    python, numpy = random.getstate(), np.random.get_state()
+    with torch.random.fork_rng():
+        try:
+            yield
+        finally:
+            random.setstate(python)
+            np.random.set_state(numpy)
+
+
+@contextmanager
+def trainable(model: nn.Module, names: Sequence[str]) -> Iterator[None]:
+    """The parameters `names` want gradients, in single precision or better; their dtypes are put back, gradients are gone."""
+    dtypes = {}
+    for name, parameter in model.named_parameters():
+        dtypes[name] = parameter.dtype
+        if name in names:
+            parameter.data = parameter.data.to(torch.promote_types(parameter.dtype, torch.float32))
+            parameter.requires_grad_(True)
+    try:
+        yield
+    finally:
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(False)
+            parameter.grad = None
+            parameter.data = parameter.data.to(dtypes[name])
+
+
+@contextmanager
+def values_restored_on_error(model: nn.Module) -> Iterator[None]:
+    """Every parameter has its old values back, bit for bit and on its old device, if the enclosed work fails."""
+    before = [(parameter, parameter.data) for parameter in model.parameters()]
+    for parameter, value in before:
+        parameter.data = value.clone()
+    try:
+        yield
+    except BaseException:
+        for parameter, value in before:
+            parameter.data = value
+        raise
