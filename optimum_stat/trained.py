@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import tempfile
 from abc import abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,15 +18,17 @@ from transformers import PreTrainedModel, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
 
 from . import checkpoint
+from .budget import Ranking
 from .data import Batches, pad_id_of
 from .families import Group, find_groups
 from .probes import device_of
 from .pruner import Pruner
 from .report import Cost, GroupReport, TimedStage
-from .slicing import restored_on_error, slice_model
+from .slicing import Plan, restored_on_error, slice_model
 from .trained_config import TrainedConfig
 from .training import Masks, PruningTrainer, masks_in, own_randomness, trainable, values_restored_on_error
 from .training_data import Example, examples, metrics_of
+from .training_sizes import Size, error_curve, orders
 
 FINETUNE, MASKED = "finetune", "masked.safetensors"
 
@@ -50,13 +52,15 @@ class _Run:
 class TrainedPruner(Pruner[T]):
     """Train the model with masks, decide by what they have learned, slice; then, if asked, train what is left.
 
-    A method supplies `make_masks`, `rank`, and `repair`, which writes into the weights what the masks did to them.
+    A method supplies `make_masks`, and `repair`, which writes into the weights what the masks did to them.
     """
 
     defaults: ClassVar[Mapping[str, Any]]
     """`TrainingArguments` where none are given, and where a dict gives others only."""
     trains_weights: bool = True
     """Whether the weights train beside the masks."""
+    dense: Cost
+    """The model's size before anything went."""
 
     @property
     def labels(self) -> str:
@@ -65,7 +69,7 @@ class TrainedPruner(Pruner[T]):
 
     @abstractmethod
     def make_masks(self, groups: list[Group], batches: Batches) -> Masks:
-        """Masks for `groups`, for the budget that `self.limit_of` tells."""
+        """Masks for `groups`, which come down to `self.size`."""
 
     def prune(  # the flow is Pruner's; what is needed for training comes in beside the data
         self,
@@ -106,12 +110,12 @@ class TrainedPruner(Pruner[T]):
 
     def check(self, dense: Cost, batches: Batches) -> None:
         """Refuse a budget below the smallest plan."""
-        self._dense = dense
+        self.dense = dense
         Pruner.check(self, dense, batches)
 
-    def limit_of(self, share: float, batches: Batches) -> float:
-        """What the kept units may cost together at `share` of the dense model."""
-        return self.limit(share, self._dense, batches)
+    def size(self, groups: list[Group], batches: Batches) -> Size:
+        """What masks for `groups` have to come down to."""
+        return Size(self.config.keep, *self.choices(groups, batches), lambda share: self.limit(share, self.dense, batches))
 
     @final
     def shoot(self, keep: float, dense: Cost, batches: Batches, stage: TimedStage) -> tuple[GroupReport, ...]:
@@ -121,10 +125,14 @@ class TrainedPruner(Pruner[T]):
             lines = self.lines(keep, dense, batches, stage)
             if self.config.finetune_epochs:
                 with stage("finetune"), self.frozen_zeros():
-                    self._finetune(examples(batches))
+                    self._finetune(self.rows(batches))
             after = self._evaluate()
         self.metrics += [{**own, "dense": was["value"]} for own, was in zip(after, before, strict=True)]
         return lines
+
+    def rows(self, batches: Batches) -> list[Example]:
+        """What to train on. Default: everything that was read."""
+        return examples(batches)
 
     def lines(self, keep: float, dense: Cost, batches: Batches, stage: TimedStage) -> tuple[GroupReport, ...]:
         """Train and prune to `keep`; what the report says of every group."""
@@ -156,7 +164,7 @@ class TrainedPruner(Pruner[T]):
             if own.resume and finished.exists():
                 load_model(self.model, finished)
             else:
-                self._train(args, examples(batches), masks, own.resume)
+                self._train(args, self.rows(batches), masks, own.resume)
                 if self.config.finetune_epochs and args.save_strategy != "no" and args.should_save:
                     finished.parent.mkdir(parents=True, exist_ok=True)
                     save_model(self.model, str(finished))
@@ -164,6 +172,20 @@ class TrainedPruner(Pruner[T]):
             self._masks = masks
         for group in groups:
             yield group, masks.scores(group)
+
+    def rank(self, groups: list[Group], stats: Iterable[tuple[Group, Tensor]]) -> Ranking:
+        """By score; `error[g][k]` is the sum of the scores of the units that go."""
+        scores = {group.name: own for group, own in stats}
+        order = orders(scores)
+        return Ranking(order, {name: error_curve(own[order[name]]) for name, own in scores.items()})
+
+    def allocate(self, groups: list[Group], ranking: Ranking, limit: float, batches: Batches) -> dict[str, int]:
+        """As many units as the masks kept in the last step."""
+        return {name: len(units) for name, units in self._masks.plan.items()}
+
+    def select(self, ranking: Ranking, kept: Mapping[str, int]) -> Plan:
+        """The units that the masks kept in the last step."""
+        return self._masks.plan
 
     def _finetune(self, rows: list[Example]) -> None:
         args = copy.copy(self._run.args)

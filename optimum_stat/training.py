@@ -17,6 +17,7 @@ from transformers.trainer_pt_utils import LengthGroupedSampler
 from transformers.trainer_utils import get_last_checkpoint
 
 from .families import Group, task_of
+from .slicing import Plan
 from .training_data import Collator, Example, metrics_of, scores
 
 TEMPERATURE = 2.0
@@ -32,8 +33,8 @@ class Diverged(RuntimeError):
 class Masks(nn.Module, ABC):
     """What a method learns beside the weights: its parameters are the masks', and reach the model while they are attached."""
 
-    learning_rate: float
-    """Of the masks, at the peak of Trainer's schedule."""
+    plan: Plan
+    """The units that the masks keep at the present step, where they have to decide."""
 
     @abstractmethod
     def attached(self) -> AbstractContextManager[None]:
@@ -43,6 +44,10 @@ class Masks(nn.Module, ABC):
     def step(self, progress: float) -> None:
         """Before every optimizer step: bring what depends on the schedule to `progress`, in [0, 1]. A function of it and of
         the parameters alone, so that a resumed run goes on as if it had not stopped."""
+
+    @abstractmethod
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        """For the optimizer: "params", "lr" at the peak of Trainer's schedule, and what else differs from its defaults."""
 
     @abstractmethod
     def penalty(self) -> Tensor:
@@ -87,6 +92,8 @@ class PruningTrainer(Trainer):
             callbacks=[_Watch(masks)],
         )
         self._masks, self._distill = masks, distill
+        own = set() if masks is None else set(masks.parameters())
+        self._frozen = not any(p.requires_grad for p in model.parameters() if p not in own)
         self._teacher = None if teacher is None or not distill else teacher.to(args.device)
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
@@ -98,24 +105,28 @@ class PruningTrainer(Trainer):
         return _ByLength(sampler.batch_size, sampler.lengths, seed)
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
-        """The masks are a group of their own: their learning rate, no weight decay."""
+        """The masks are groups of their own: their learning rates, no weight decay."""
         learned = [] if self._masks is None else [p for p in self._masks.parameters() if p.requires_grad]
         for parameter in learned:
             parameter.requires_grad_(False)
         Trainer.create_optimizer(self, model)
         for parameter in learned:
             parameter.requires_grad_(True)
-        if learned and self._masks is not None:
-            self.optimizer.add_param_group({"params": learned, "lr": self._masks.learning_rate, "weight_decay": 0.0})
+        for group in [] if self._masks is None else self._masks.parameter_groups():
+            self.optimizer.add_param_group({"weight_decay": 0.0, **group})
         return self.optimizer
 
     def compute_loss(
         self, model: nn.Module, inputs: Mapping[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         """The loss of one batch, see the class."""
+        training = model.training
+        if training and self._masks is not None and self._frozen:
+            model.eval()  # dropout would only hide from the masks what the weights do
+            self._masks.train()
         outputs = model(**inputs)
         own = outputs.get("loss")
-        alone = self._teacher is None or (not model.training and own is not None)
+        alone = self._teacher is None or (not training and own is not None)
         if alone:
             assert own is not None
             loss = own
@@ -126,7 +137,7 @@ class PruningTrainer(Trainer):
             loss = self._distill * distillation(self._teacher, outputs, wanted, inputs["attention_mask"])
             if self._distill < 1:
                 loss = loss + (1 - self._distill) * own
-        if model.training and self._masks is not None:
+        if training and self._masks is not None:
             loss = loss + self._masks.penalty()
         return (loss, outputs) if return_outputs else loss
 

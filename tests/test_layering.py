@@ -30,6 +30,7 @@ LAYERS = (
         "correction",
         "training",
         "training_data",
+        "training_sizes",
     },
     {"card", "report", "remote_code", "checkpoint"},
     {"pruner"},

@@ -14,9 +14,10 @@ from torch import Tensor
 from optimum_stat import MovementConfig, MovementPruner
 from optimum_stat.budget import options, unit_cost
 from optimum_stat.families import find_groups, weight
-from optimum_stat.methods.movement_masks import MovementMasks, Schedule, Size
+from optimum_stat.methods.movement_masks import MovementMasks, Schedule
 from optimum_stat.slicing import slice_model
 from optimum_stat.training import masks_in
+from optimum_stat.training_sizes import Size
 
 BLOCKS = {
     "structured": {"heads": 0, "neurons": 0},
@@ -35,8 +36,8 @@ def masks_of(
     sizes = {group.name: options(group, round_to) for group in groups}
     costs = {group.name: [unit_cost(model, group, "params", 12) * k for k in sizes[group.name]] for group in groups}
     total = sum(own[-1] for own in costs.values())
-    size = Size(keep, costs, sizes, lambda share: share * total, variant in ("hybrid", "block"))
-    return MovementMasks(groups, BLOCKS[variant], size, Schedule(0.1, 0.4), regularization, 0.01)
+    size, how = Size(keep, costs, sizes, lambda share: share * total), {"regularization": regularization, "learning_rate": 0.01}
+    return MovementMasks(groups, BLOCKS[variant], size, Schedule(0.1, 0.4), zeros=variant in ("hybrid", "block"), **how)
 
 
 def randomised(masks: MovementMasks, progress: float = 1.0, scale: float = 1.0) -> MovementMasks:

@@ -92,8 +92,6 @@ def test_an_interrupted_run_goes_on_and_ends_the_same(method: str, step: int, tm
 class OnlyPenalty(Masks):
     """One parameter, whose penalty has the gradient 3."""
 
-    learning_rate = 0.1
-
     def __init__(self) -> None:
         nn.Module.__init__(self)
         self.one = nn.Parameter(torch.zeros(()))
@@ -104,6 +102,9 @@ class OnlyPenalty(Masks):
 
     def step(self, progress: float) -> None:
         pass
+
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        return [{"params": [self.one], "lr": 0.1}]
 
     def penalty(self) -> Tensor:
         return 3 * self.one

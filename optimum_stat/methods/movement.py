@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, final
@@ -10,7 +10,6 @@ from typing import Any, ClassVar, final
 import torch
 from torch import Tensor
 
-from ..budget import Ranking
 from ..card import Paper
 from ..config import PruningConfig
 from ..data import Batches
@@ -19,7 +18,7 @@ from ..report import Cost, GroupReport, TimedStage
 from ..slicing import Plan
 from ..trained import TrainedPruner
 from ..trained_config import TrainedConfig
-from .movement_masks import MovementMasks, Schedule, Size, error_curve
+from .movement_masks import MovementMasks, Schedule
 
 VARIANTS = ("structured", "hybrid-filled", "hybrid", "block")
 
@@ -114,34 +113,23 @@ class MovementPruner(TrainedPruner[MovementConfig]):
 
     def check(self, dense: Cost, batches: Batches) -> None:
         """Refuse a budget below the smallest plan, where units are counted."""
-        self._dense = dense
+        self.dense = dense
         if self.counts == "units":
             TrainedPruner.check(self, dense, batches)
 
     def make_masks(self, groups: list[Group], batches: Batches) -> MovementMasks:
         """One score a block or a unit, all 0."""
-        config, costs = self.config, self.choices(groups, batches)
-        block = config.block_size
+        config, block = self.config, self.config.block_size
         blocks = {"heads": 0 if config.variant == "structured" else block, "neurons": block if config.variant == "block" else 0}
-        size = Size(config.keep, *costs, lambda share: self.limit_of(share, batches), self.counts == "weights")
-        schedule = Schedule(config.warmup, config.cooldown)
-        return MovementMasks(groups, blocks, size, schedule, config.regularization, config.score_learning_rate)
-
-    def rank(self, groups: list[Group], stats: Iterable[tuple[Group, Tensor]]) -> Ranking:
-        """By score; `error[g][k]` is the sum of `s(S)` of the units that go."""
-        order, error = {}, {}
-        for group, scores in stats:
-            order[group.name] = scores.argsort(descending=True, stable=True)
-            error[group.name] = error_curve(scores[order[group.name]])
-        return Ranking(order, error)
-
-    def allocate(self, groups: list[Group], ranking: Ranking, limit: float, batches: Batches) -> dict[str, int]:
-        """What the masks kept in the last step."""
-        return {name: len(units) for name, units in self._masks.plan.items()}
-
-    def select(self, ranking: Ranking, kept: Mapping[str, int]) -> Plan:
-        """The units that the masks kept in the last step."""
-        return self._masks.plan
+        return MovementMasks(
+            groups,
+            blocks,
+            self.size(groups, batches),
+            Schedule(config.warmup, config.cooldown),
+            zeros=self.counts == "weights",
+            regularization=config.regularization,
+            learning_rate=config.score_learning_rate,
+        )
 
     def repair(self, groups: list[Group], plan: Plan, batches: Batches) -> None:
         """Write the masks into the weights."""

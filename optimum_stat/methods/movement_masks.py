@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from ..budget import allocate
 from ..correction import set_bias
 from ..families import Group, weight
-from ..slicing import Plan, set_weight
+from ..slicing import set_weight
 from ..training import Masks
+from ..training_sizes import Size, first, orders
 from .movement_scores import Layer, MaskedBias, MaskedWeight, layers_of
 
 THRESHOLD = 0.1
@@ -34,20 +35,6 @@ class Schedule:
         return float((1 - min(1.0, max(0.0, between))) ** 3)
 
 
-@dataclass(frozen=True)
-class Size:
-    """What the masks have to come down to."""
-
-    keep: float
-    costs: Mapping[str, Sequence[float]]
-    """Group name -> what each of `sizes` costs."""
-    sizes: Mapping[str, Sequence[int]]
-    limit: Callable[[float], float]
-    """From a share of the dense model to what the kept units may cost together."""
-    zeros: bool
-    """The share is one of the weights that are not zero, instead of the units' cost."""
-
-
 class MovementMasks(Masks):
     """Scores, and the masks that they make at the present step.
 
@@ -63,13 +50,17 @@ class MovementMasks(Masks):
         blocks: Mapping[str, int],
         size: Size,
         schedule: Schedule,
+        *,
+        zeros: bool,
         regularization: float | None,
         learning_rate: float,
     ):
-        """blocks: structure -> size of its blocks, 0 for one score a unit. regularization: the final strength, or None."""
+        """blocks: structure -> size of its blocks, 0 for one score a unit. regularization: the final strength, or None.
+
+        zeros: the share that is kept is one of the weights, those that are not zero, instead of the units' cost.
+        """
         nn.Module.__init__(self)
-        self.learning_rate = learning_rate
-        self.groups = list(groups)
+        self._learning_rate = learning_rate
         self.layers = {group.name: layers_of(group, blocks[group.structure]) for group in groups}
         self.places: dict[Layer, int] = {}
         self.values = nn.ParameterList()
@@ -79,9 +70,9 @@ class MovementMasks(Masks):
                     shape = layer.grid if layer.block_size else (layer.group.units,)
                     self.values.append(nn.Parameter(torch.zeros(shape)))
                 self.places[layer] = len(self.values) - 1
-        self._size, self._schedule, self._regularization, self._strength = size, schedule, regularization, 0.0
+        self._size, self._schedule, self._zeros = size, schedule, zeros
+        self._regularization, self._strength = regularization, 0.0
         self._masks: dict[Layer, Tensor] = {}
-        self.plan: Plan = {}
         self.step(0.0)
 
     @contextmanager
@@ -117,7 +108,11 @@ class MovementMasks(Masks):
     def decide(self, share: float, threshold: float) -> None:
         """Keep what has `sigmoid(score) > threshold`, at most `share`; with a threshold of 1, exactly `share`."""
         values = [value.double().cpu().sigmoid() for value in self.values]
-        (self._to_weights if self._size.zeros else self._to_units)(values, share, threshold)
+        (self._to_weights if self._zeros else self._to_units)(values, share, threshold)
+
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        """One, with the scores."""
+        return [{"params": list(self.values), "lr": self._learning_rate}]
 
     def penalty(self) -> Tensor:
         """`strength * 1/2 (mean over attention of sigmoid(score) + the same over MLPs)`, means of all layers' together.
@@ -147,16 +142,12 @@ class MovementMasks(Masks):
     def _to_units(self, values: list[Tensor], share: float, threshold: float) -> None:
         """Units under the budget; in the layers with blocks, every block as good as the worst unit's that stays."""
         units, size = self._of_units(values), self._size
-        order = {name: own.argsort(descending=True, stable=True) for name, own in units.items()}
-        costs = {name: own[-1] / size.sizes[name][-1] for name, own in size.costs.items()}
-        error = {name: error_curve(units[name][order[name]]) * costs[name] for name in units}
-        kept = {
-            name: min(k for k in size.sizes[name] if k >= min(int((u > threshold).sum()), len(u))) for name, u in units.items()
-        }
-        limit = size.limit(share)
-        if threshold == 1.0 or sum(costs[name] * k for name, k in kept.items()) > limit:
-            kept = allocate(error, size.costs, size.sizes, limit)
-        self.plan = {name: order[name][:k].sort().values for name, k in kept.items()}
+        if threshold < 1.0:
+            above = {name: min(len(own), int((own > threshold).sum())) for name, own in units.items()}
+            kept = {name: min(k for k in own if k >= above[name]) for name, own in size.sizes.items()}
+            self.plan = first(orders(units), kept)
+        if threshold == 1.0 or sum(size.unit_costs[name] * k for name, k in kept.items()) > size.limit(share):
+            self.plan = size.best(units, share)
         with_blocks = [units[name][own].min() for name, own in self.plan.items() if self.layers[name][0].block_size]
         lowest = min([float(value) for value in with_blocks] + [threshold])
         alive = {name: _flags(len(own), self.plan[name]) for name, own in units.items()}
@@ -215,12 +206,6 @@ class MovementMasks(Masks):
             set_weight(linear, torch.where(mask, w, instead))
             if fill is None and not layer.is_consumer and isinstance(linear.bias, Tensor):
                 set_bias(linear, linear.bias * mask.any(1))
-
-
-def error_curve(values: Tensor) -> Tensor:
-    """What goes if the first k of `values` are kept, for every k: [units + 1]."""
-    lost = values.flip(0).cumsum(0).flip(0)
-    return torch.cat([lost, lost.new_zeros(1)])
 
 
 def _flags(count: int, units: Tensor) -> Tensor:
