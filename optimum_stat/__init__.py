@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from .methods.stat import STATPruner as STATPruner
     from .methods.surgeon import SurgeonConfig as SurgeonConfig
     from .methods.surgeon import SurgeonPruner as SurgeonPruner
+    from .methods.vib import VIBConfig as VIBConfig
+    from .methods.vib import VIBPruner as VIBPruner
     from .pruner import Pruner as Pruner
 
 __version__ = "0.1.0.dev0"
@@ -36,6 +38,8 @@ _HOME = {
     "STATPruner": "methods.stat",
     "SurgeonConfig": "methods.surgeon",
     "SurgeonPruner": "methods.surgeon",
+    "VIBConfig": "methods.vib",
+    "VIBPruner": "methods.vib",
 }
 __all__ = [
     "FisherConfig",
@@ -48,6 +52,8 @@ __all__ = [
     "STATPruner",
     "SurgeonConfig",
     "SurgeonPruner",
+    "VIBConfig",
+    "VIBPruner",
     "__version__",
 ]
 

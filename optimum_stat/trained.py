@@ -6,7 +6,7 @@ import copy
 import tempfile
 from abc import abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar, final
@@ -57,8 +57,6 @@ class TrainedPruner(Pruner[T]):
 
     defaults: ClassVar[Mapping[str, Any]]
     """`TrainingArguments` where none are given, and where a dict gives others only."""
-    trains_weights: bool = True
-    """Whether the weights train beside the masks."""
     dense: Cost
     """The model's size before anything went."""
 
@@ -66,6 +64,11 @@ class TrainedPruner(Pruner[T]):
     def labels(self) -> str:
         """Needed, unless the teacher alone says what to predict."""
         return "auto" if self.config.distill == 1 else "data"
+
+    @property
+    def trains_weights(self) -> bool:
+        """Whether the weights train beside the masks."""
+        return True
 
     @abstractmethod
     def make_masks(self, groups: list[Group], batches: Batches) -> Masks:
@@ -120,7 +123,8 @@ class TrainedPruner(Pruner[T]):
     @final
     def shoot(self, keep: float, dense: Cost, batches: Batches, stage: TimedStage) -> tuple[GroupReport, ...]:
         """Train, prune to `keep`, train what is left."""
-        with self._values_kept(), _lent(self.model), torch.enable_grad():
+        kept = values_restored_on_error(self.model) if self._guard is restored_on_error else nullcontext()
+        with kept, _lent(self.model), torch.enable_grad():
             before = self._evaluate()
             lines = self.lines(keep, dense, batches, stage)
             if self.config.finetune_epochs:
@@ -275,14 +279,6 @@ class TrainedPruner(Pruner[T]):
         for name, value in {"use_cache": False, "return_dict": True}.items():
             setattr(teacher.config, name, value)
         return teacher.eval().requires_grad_(False)
-
-    @contextmanager
-    def _values_kept(self) -> Iterator[None]:
-        if self._guard is not restored_on_error:
-            yield
-            return
-        with values_restored_on_error(self.model):
-            yield
 
 
 @contextmanager

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers import TrainingArguments
 from transformers.modeling_outputs import ModelOutput
 
-from optimum_stat import MovementConfig, MovementPruner
+from optimum_stat import MovementConfig, MovementPruner, VIBConfig, VIBPruner
 from optimum_stat.families import Group, find_groups
 from optimum_stat.trained import TrainedPruner
 from optimum_stat.training import Diverged, Masks, PruningTrainer, distillation, masks_in, trainable
@@ -28,6 +28,8 @@ METHODS: dict[str, Any] = {
         MovementPruner,
         MovementConfig(variant="hybrid-filled", block_size=8, finetune_epochs=2.0, **asked),
     ),
+    "vib": lambda **asked: (VIBPruner, VIBConfig(**asked)),
+    "vib-faster": lambda **asked: (VIBPruner, VIBConfig(masks_only=True, **asked)),
 }
 EACH_METHOD = pytest.mark.parametrize("method", METHODS)
 
@@ -70,7 +72,7 @@ def power_cut(monkeypatch: pytest.MonkeyPatch, step: int):
 def test_an_interrupted_run_goes_on_and_ends_the_same(method: str, step: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     if step == 21 and method != "movement-filled":
         step = 17
-    args = {**QUIET, "save_steps": 5, "learning_rate": 1e-3}
+    args = {**QUIET, "save_steps": 5, "learning_rate": 1e-3, "num_train_epochs": 3}
     whole = pruner_for(method, tiny("bert", "SequenceClassification"))
     whole.prune(labelled(), training_args={**args, "output_dir": str(tmp_path / "whole")})
     model = tiny("bert", "SequenceClassification")
@@ -146,15 +148,17 @@ def _read(model: Any, rows: Any) -> Any:
 def test_a_run_that_diverges_stops_and_says_where_the_last_good_state_is(method: str, tmp_path: Path):
     model = tiny("bert", "SequenceClassification")
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    args = {**QUIET, "output_dir": str(tmp_path), "learning_rate": 1e19, "save_steps": 1, "max_grad_norm": 0.0}
+    wild = {"learning_rate": 1e19, "max_grad_norm": 0.0, "num_train_epochs": 3}
+    args = {**QUIET, **wild, "output_dir": str(tmp_path), "save_steps": 1}
+    asked = {"mask_learning_rate": 1e30} if method == "vib-faster" else {}
     with pytest.raises(Diverged, match=r"diverged in step \d+ of 18: .*; the last good state is (.*)\. Lower") as caught:
-        pruner_for(method, model).prune(labelled(), training_args=args)
+        pruner_for(method, model, **asked).prune(labelled(), training_args=args)
     after = model.state_dict()
     assert all(torch.equal(after[name], before[name]) for name in before)
     last = Path(str(caught.value).partition("the last good state is ")[2].partition(". Lower")[0])
     assert all(bool(torch.isfinite(value).all()) for value in load_file(last / "model.safetensors").values())
     with pytest.raises(Diverged, match="no checkpoint was written"):
-        pruner_for(method, model).prune(labelled(), training_args={**QUIET, "learning_rate": 1e19, "max_grad_norm": 0.0})
+        pruner_for(method, model, **asked).prune(labelled(), training_args={**QUIET, **wild})
 
 
 def test_a_gradient_that_is_no_number_does_not_reach_the_weights(tmp_path: Path):

@@ -9,5 +9,6 @@ from .fisher import FisherPruner
 from .movement import MovementPruner
 from .stat import STATPruner
 from .surgeon import SurgeonPruner
+from .vib import VIBPruner
 
-METHODS: tuple[type[Pruner[Any]], ...] = (FisherPruner, MovementPruner, STATPruner, SurgeonPruner)
+METHODS: tuple[type[Pruner[Any]], ...] = (FisherPruner, MovementPruner, STATPruner, SurgeonPruner, VIBPruner)
