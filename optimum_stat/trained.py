@@ -219,6 +219,7 @@ class TrainedPruner(Pruner[T]):
             masks=masks,
             teacher=self._run.teacher,
             distill=self.config.distill,
+            layers=self.config.distill_layers,
         )
 
     def _evaluate(self) -> list[dict[str, Any]]:

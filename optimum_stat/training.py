@@ -11,17 +11,15 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import kl_div, mse_loss
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_pt_utils import LengthGroupedSampler
 from transformers.trainer_utils import get_last_checkpoint
 
+from . import distillation
 from .families import Group, task_of
 from .slicing import Plan
 from .training_data import Collator, Example, metrics_of, scores
 
-TEMPERATURE = 2.0
-"""Of the distillation (both sources)."""
 MASKS = "stat_masks"
 """Where the masks hang in the model while it trains, so that Trainer's checkpoints hold them."""
 
@@ -61,8 +59,9 @@ class Masks(nn.Module, ABC):
 class PruningTrainer(Trainer):
     """`Trainer` with masks and a teacher; its arguments, callbacks, checkpoints and devices are Trainer's own.
 
-    The loss of a batch is `(1 - distill) CE + distill T^2 KL(teacher || student) + penalty`: means over the batch, which Trainer
-    divides by the number of accumulated batches. So the penalty counts once for every optimizer step, however many there are.
+    The loss of a batch is `(1 - distill) CE + distill (T^2 KL(teacher || student) + layers D) + penalty`, D the hidden states'
+    distance: means over the batch, which Trainer divides by the number of accumulated batches. So the penalty counts once for an
+    optimizer step, however many batches it has.
     The loss that an evaluation reports is that of the labels alone (of the teacher, where there are none).
     """
 
@@ -79,8 +78,9 @@ class PruningTrainer(Trainer):
         masks: Masks | None,
         teacher: nn.Module | None,
         distill: float,
+        layers: float = 0.0,
     ):
-        """`masks` are attached already; `distill` in [0, 1] is the teacher's share of the loss."""
+        """`masks` are attached already; `distill` in [0, 1] is the teacher's share of the loss, `layers` the weight of D."""
         Trainer.__init__(
             self,
             model,
@@ -91,7 +91,7 @@ class PruningTrainer(Trainer):
             compute_metrics=None if not metrics_of(model) else lambda prediction: scores(model, prediction),
             callbacks=[_Watch(masks)],
         )
-        self._masks, self._distill = masks, distill
+        self._masks, self._distill, self._layers = masks, distill, layers
         own = set() if masks is None else set(masks.parameters())
         self._frozen = not any(p.requires_grad for p in model.parameters() if p not in own)
         self._teacher = None if teacher is None or not distill else teacher.to(args.device)
@@ -124,22 +124,26 @@ class PruningTrainer(Trainer):
         if training and self._masks is not None and self._frozen:
             model.eval()  # dropout would only hide from the masks what the weights do
             self._masks.train()
-        outputs = model(**inputs)
+        taught = self._teacher is not None and (training or not any(name in inputs for name in self.label_names))
+        hidden = {"output_hidden_states": True} if taught and self._layers else {}
+        outputs = model(**inputs, **hidden)
         own = outputs.get("loss")
-        alone = self._teacher is None or (not training and own is not None)
-        if alone:
-            assert own is not None
-            loss = own
+        if taught:
+            loss = self._distill * self._distance(outputs, inputs, hidden)
+            loss = loss if self._distill == 1 else loss + (1 - self._distill) * own
         else:
-            assert self._teacher is not None
-            with torch.no_grad():
-                wanted = self._teacher(**{name: value for name, value in inputs.items() if name not in self.label_names})
-            loss = self._distill * distillation(self._teacher, outputs, wanted, inputs["attention_mask"])
-            if self._distill < 1:
-                loss = loss + (1 - self._distill) * own
+            loss = own
         if training and self._masks is not None:
             loss = loss + self._masks.penalty()
         return (loss, outputs) if return_outputs else loss
+
+    def _distance(self, outputs: Any, inputs: Mapping[str, Any], asked: dict[str, Any]) -> Tensor:
+        """From what the teacher says of the same inputs."""
+        assert self._teacher is not None
+        with torch.no_grad():
+            wanted = self._teacher(**{name: value for name, value in inputs.items() if name not in self.label_names}, **asked)
+        found = distillation.of_outputs(self._teacher, outputs, wanted, inputs["attention_mask"])
+        return found + self._layers * distillation.of_layers(outputs, wanted, inputs["attention_mask"]) if asked else found
 
     def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
         """One batch; stops where the loss is no number, before it reaches the weights."""
@@ -185,35 +189,6 @@ def _diverged(what: str, args: TrainingArguments, state: Any) -> Diverged:
         f"Training diverged in step {state.global_step + 1} of {state.max_steps}: {what}. The model is as it was; {kept}. Lower "
         f"learning_rate (now {args.learning_rate:g}) or that of the masks, or max_grad_norm (now {args.max_grad_norm:g})."
     )
-
-
-def distillation(model: nn.Module, outputs: Any, wanted: Any, mask: Tensor) -> Tensor:
-    """`T^2 KL(teacher || student)` of the predicted distributions, mean over examples, or over real tokens where each has one.
-
-    For answers in a text the mean of start and end; for regression and independent labels the mean squared difference of the
-    outputs; without a head that of the last hidden states. T = 2. Source: Block Pruning's code (SQuAD and GLUE), VTrans's alike.
-    """
-    if "start_logits" in wanted:
-        hidden = mask == 0
-        pairs = [(outputs[name].masked_fill(hidden, -1e9), wanted[name].masked_fill(hidden, -1e9)) for name in _SPANS]
-        return torch.stack([_divergence(*pair) for pair in pairs]).mean()
-    name = "logits" if "logits" in wanted else "last_hidden_state"
-    own, other = outputs[name].float(), wanted[name].float()
-    if own.shape[:2] == mask.shape and own.dim() == 3:
-        real = mask.bool()
-        own, other = own[real], other[real]
-    independent = getattr(model.config, "problem_type", None) == "multi_label_classification"
-    if name != "logits" or own.shape[-1] == 1 or independent:
-        return mse_loss(own, other)
-    return _divergence(own, other)
-
-
-_SPANS = ("start_logits", "end_logits")
-
-
-def _divergence(own: Tensor, other: Tensor) -> Tensor:
-    student, teacher = ((value.float() / TEMPERATURE).log_softmax(-1) for value in (own, other))
-    return TEMPERATURE**2 * kl_div(student, teacher, reduction="batchmean", log_target=True)
 
 
 @contextmanager

@@ -211,6 +211,7 @@ def test_what_is_filled_again_has_no_zeros():
         ({"regularization": -1.0}, "regularization=-1.0"),
         ({"variant": "hybrid-filled"}, "with finetune_epochs=0"),
         ({"distill": 1.5}, "distill=1.5 asked"),
+        ({"distill_layers": -1.0}, "distill_layers=-1.0 asked"),
         ({"finetune_epochs": -1.0}, "finetune_epochs=-1.0"),
         ({"budget": "latency"}, "count params or macs"),
     ],

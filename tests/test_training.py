@@ -16,9 +16,10 @@ from transformers import TrainingArguments
 from transformers.modeling_outputs import ModelOutput
 
 from optimum_stat import MovementConfig, MovementPruner, VIBConfig, VIBPruner
+from optimum_stat.distillation import of_layers, of_outputs
 from optimum_stat.families import Group, find_groups
 from optimum_stat.trained import TrainedPruner
-from optimum_stat.training import Diverged, Masks, PruningTrainer, distillation, masks_in, trainable
+from optimum_stat.training import Diverged, Masks, PruningTrainer, masks_in, trainable
 from optimum_stat.training_data import Collator, examples, metrics_of, scores
 
 QUIET = {"disable_tqdm": True, "report_to": "none"}
@@ -241,13 +242,13 @@ def test_a_larger_teacher():
 def test_distillation_is_the_divergence_from_the_teacher_at_temperature_two():
     model, mask = tiny("bert", "SequenceClassification"), torch.tensor([[1, 1, 0], [1, 1, 1]])
     own, other = torch.randn(2, 3), torch.randn(2, 3)
-    found = distillation(model, ModelOutput(logits=own), ModelOutput(logits=other), mask)
+    found = of_outputs(model, ModelOutput(logits=own), ModelOutput(logits=other), mask)
     p, q = (other / 2).softmax(-1), (own / 2).softmax(-1)
     assert found.item() == pytest.approx(4 * float((p * (p / q).log()).sum()) / 2, rel=1e-5)
     # one distribution a token: padding does not count
     own, other = torch.randn(2, 3, 5), torch.randn(2, 3, 5)
     p, q = (other / 2).softmax(-1)[mask.bool()], (own / 2).softmax(-1)[mask.bool()]
-    found = distillation(model, ModelOutput(logits=own), ModelOutput(logits=other), mask)
+    found = of_outputs(model, ModelOutput(logits=own), ModelOutput(logits=other), mask)
     assert found.item() == pytest.approx(4 * float((p * (p / q).log()).sum()) / 5, rel=1e-5)
     # answers: over the real tokens of each example, mean of start and end
     spans = [ModelOutput(start_logits=torch.randn(2, 3), end_logits=torch.randn(2, 3)) for _ in range(2)]
@@ -257,20 +258,34 @@ def test_distillation_is_the_divergence_from_the_teacher_at_temperature_two():
             real = int(mask[row].sum())
             p, q = ((spans[i][name][row, :real] / 2).softmax(-1) for i in (1, 0))
             total += 4 * float((p * (p / q).log()).sum()) / 2 / 2
-    assert distillation(model, *spans, mask).item() == pytest.approx(total, rel=1e-5)
+    assert of_outputs(model, *spans, mask).item() == pytest.approx(total, rel=1e-5)
     one = tiny("bert", "SequenceClassification", num_labels=1)
     own, other = torch.randn(2, 1), torch.randn(2, 1)
-    found = distillation(one, ModelOutput(logits=own), ModelOutput(logits=other), mask)
+    found = of_outputs(one, ModelOutput(logits=own), ModelOutput(logits=other), mask)
     assert found.item() == pytest.approx(float((own - other).square().mean()), rel=1e-5)
+
+
+def test_the_distance_of_layers_is_relative_for_every_token():
+    mask = torch.tensor([[1, 1, 0], [1, 1, 1]])
+    own, other = ([torch.randn(2, 3, 4) for _ in range(3)] for _ in range(2))
+    total = 0.0
+    for here, there in zip(own[1:], other[1:], strict=True):  # the embeddings do not count
+        for row, column in ((0, 0), (0, 1), (1, 0), (1, 1), (1, 2)):
+            a, b = here[row, column], there[row, column]
+            total += float((a - b).square().sum() / b.square().sum()) / 5 / 2
+    found = of_layers(ModelOutput(hidden_states=own), ModelOutput(hidden_states=other), mask)
+    assert found.item() == pytest.approx(total, rel=1e-5)
+    assert of_layers(ModelOutput(hidden_states=own), ModelOutput(hidden_states=other[:2]), mask).item() == 0
 
 
 def test_the_loss_is_shared_between_labels_and_teacher(tmp_path: Path):
     model, teacher = tiny("bert", "SequenceClassification"), tiny("bert", "SequenceClassification", seed=5)
     args = TrainingArguments(str(tmp_path), **QUIET)
     rows = examples(_read(model, labelled(4)))
-    trainer = PruningTrainer(model, args, rows, None, pad_id=1, masks=None, teacher=teacher, distill=0.25)
+    trainer = PruningTrainer(model, args, rows, None, pad_id=1, masks=None, teacher=teacher, distill=0.25, layers=3.0)
     batch = Collator(1, False)(rows)
-    wanted = distillation(model, model(**batch), teacher(**batch), batch["attention_mask"])
+    pair = [each(**batch, output_hidden_states=True) for each in (model, teacher)]
+    wanted = of_outputs(model, *pair, batch["attention_mask"]) + 3 * of_layers(*pair, batch["attention_mask"])
     model.train()
     for module in model.modules():
         if isinstance(module, nn.Dropout):

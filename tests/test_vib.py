@@ -38,7 +38,7 @@ def roughened(gates: Gates) -> Gates:
     generator = torch.Generator().manual_seed(3)
     for mean, log_variance in zip(gates.means, gates.log_variances, strict=True):
         mean.data += torch.randn(mean.shape, generator=generator) / 2
-        log_variance.data += 9 + 2 * torch.randn(mean.shape, generator=generator)
+        log_variance.data += 4 + 2 * torch.randn(mean.shape, generator=generator)
     gates.step(1.0)
     return gates
 
@@ -73,12 +73,12 @@ def test_the_multipliers_ascend_where_the_model_is_too_large_and_descend_where_i
             for log_variance in list(gates.log_variances)[:2]:
                 log_variance.data += 20  # the first block is all noise
         gates.step(1.0)
-        optimizer = torch.optim.SGD([gates.multipliers], lr=1.0)
+        optimizer, before = torch.optim.SGD([gates.multipliers], lr=1.0), gates.multipliers.detach().clone()
         over = gates.expected_share().item() - target
         assert (over > 0) == grows
         gates.penalty().backward()
         optimizer.step()
-        assert gates.multipliers.tolist() == pytest.approx([over, over**2], rel=1e-4)
+        assert (gates.multipliers.detach() - before).tolist() == pytest.approx([over, over**2], rel=1e-2, abs=1e-5)
         # and the gates are pushed the other way: noise grows where the model is too large
         gates.multipliers.data.fill_(abs(over))
         gates.zero_grad()
@@ -89,12 +89,12 @@ def test_the_multipliers_ascend_where_the_model_is_too_large_and_descend_where_i
 
 def test_the_expected_share_counts_softly():
     gates = gates_of(tiny("qwen2"))
-    assert gates.expected_share().item() == pytest.approx(1.0, abs=1e-5)
+    assert 0.97 < gates.expected_share().item() < 1
     roughened(gates)
     costs = [unit_cost(tiny("qwen2"), group, "params", 12) for group in find_groups(tiny("qwen2"))]
     spent = FIXED
     for cost, mean, log_variance in zip(costs, gates.means, gates.log_variances, strict=True):
-        spent += cost * torch.sigmoid(-10 * (log_variance - mean.square().log())).sum().item()
+        spent += cost * torch.sigmoid(mean.square().log() - log_variance).sum().item()
     assert gates.expected_share().item() == pytest.approx(spent / gates._size.limit(1.0), rel=1e-4)
 
 

@@ -34,7 +34,7 @@ class MovementConfig(TrainedConfig):
     """Rows and columns of a block."""
     warmup: float = 0.05
     """Share of the steps before anything goes."""
-    cooldown: float = 0.4
+    cooldown: float = 0.5
     """Share of the steps at the final size (the paper: one half for question answering, one third for MNLI)."""
     score_learning_rate: float = 0.01
     """Of the scores (the paper's)."""
@@ -73,6 +73,7 @@ class MovementConfig(TrainedConfig):
             budget,
             round_to=1,
             batch_size=16,
+            distill_layers=0.0,
             finetune_epochs=10.0,
             variant="hybrid-filled",
             warmup=0.05,

@@ -29,10 +29,10 @@ class VIBConfig(TrainedConfig):
     """Share of the training examples to train on, drawn under the seed (Fast-VTrans: 0.03)."""
     kl_weight: float = 0.1
     """Of the gates' divergence: its mean over units, 4.5 at first, summed over structures."""
-    warmup: float = 0.1
-    """Share of the steps in which the size asked of the constraint falls from all to `keep` (the released code's)."""
+    warmup: float = 0.5
+    """Share of the steps in which the size asked of the constraint falls from all to `keep` (the released code: 0.1)."""
     mask_learning_rate: float = 0.05
-    """Of the gates; that of the constraint's multipliers is twice as large (the released code's)."""
+    """Of the gates (the released code's) and of the constraint's multipliers (there twice as much)."""
 
     def __post_init__(self) -> None:
         """Refuse values that no run could honour."""
@@ -62,7 +62,7 @@ class VIBConfig(TrainedConfig):
 
         Its own weights of the terms were not published for encoders; these keep the proportions of the code for language models.
         """
-        return cls(keep, budget, round_to=1, finetune_epochs=1.0, kl_weight=0.3)
+        return cls(keep, budget, round_to=1, finetune_epochs=1.0, kl_weight=0.3, warmup=0.1)
 
 
 @final

@@ -16,8 +16,12 @@ from ..training import Masks
 from ..training_sizes import Size
 
 EPSILON = 1e-8
-STEEPNESS = 10.0
-"""Of the soft count of units (the released code's, for language models)."""
+STEEPNESS = 1.0
+"""Of the soft count of units. With the released code's 10 the count has no gradient until a gate is nearly all noise."""
+START = -4.0
+"""Logarithm of the variances at first; from the released code's -9 it takes hundreds of steps until anything can go."""
+STRENGTH = 10.0
+"""Of the squared term at first; the released code's 0 lets the linear one wind up until most of the model goes at once."""
 
 
 def divergence(mean: Tensor, log_variance: Tensor) -> Tensor:
@@ -48,8 +52,8 @@ class Gates(Masks):
         generator = torch.Generator().manual_seed(seed)
         drawn = [0.01 * torch.randn(2, group.units, generator=generator) for group in groups]
         self.means = nn.ParameterList(nn.Parameter(1 + own[0]) for own in drawn)
-        self.log_variances = nn.ParameterList(nn.Parameter(-9 + own[1]) for own in drawn)  # both starts are the source's
-        self.multipliers = nn.Parameter(torch.zeros(2))
+        self.log_variances = nn.ParameterList(nn.Parameter(START + own[1]) for own in drawn)
+        self.multipliers = nn.Parameter(torch.tensor([0.0, STRENGTH]))
         self._at = {group.name: index for index, group in enumerate(groups)}
         self._target = 1.0
         self.step(0.0)
@@ -77,9 +81,8 @@ class Gates(Masks):
         self.plan = self._size.best({group.name: self.scores(group) for group in self._groups}, self._target)
 
     def parameter_groups(self) -> list[dict[str, Any]]:
-        """Gates, and the constraint's multipliers at twice their rate (the released code's)."""
-        gates = {"params": [*self.means, *self.log_variances], "lr": self._learning_rate}
-        return [gates, {"params": [self.multipliers], "lr": 2 * self._learning_rate}]
+        """Gates, and the constraint's multipliers, at the same rate."""
+        return [{"params": [*self.means, *self.log_variances, self.multipliers], "lr": self._learning_rate}]
 
     def penalty(self) -> Tensor:
         """Divergence and constraint, see the class."""
@@ -99,7 +102,7 @@ class Gates(Masks):
         return a * over + b * over.square()
 
     def expected_share(self) -> Tensor:
-        """Of the dense model's cost, with every unit counted by `sigmoid(-10 log(variance / mean^2))`."""
+        """Of the dense model's cost, with every unit counted by `sigmoid(-log(variance / mean^2))`."""
         costs, total = self._size.unit_costs, self._size.limit(1.0)
         fixed = total - sum(own[-1] for own in self._size.costs.values())
         counts = [torch.sigmoid(-STEEPNESS * log_noise(*own)).sum() for own in zip(self.means, self.log_variances, strict=True)]
