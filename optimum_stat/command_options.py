@@ -194,10 +194,15 @@ def number(text: str) -> int | None:
     return None if text.lower() in ("none", "all") else int(text)
 
 
+def real(text: str) -> float | None:
+    """A number, or None for "none"."""
+    return None if text.lower() == "none" else float(text)
+
+
 def _add_field(group: Any, field: ConfigField, text: str) -> None:
     about: dict[str, Any] = {"default": argparse.SUPPRESS, "help": text.replace("%", "%%")}
     if field.annotation == "bool":
         group.add_argument(field.flag, action=argparse.BooleanOptionalAction, **about)
     else:
-        kinds = {"float": float, "int": int, "int | None": number}
+        kinds = {"float": float, "int": int, "int | None": number, "float | None": real}
         group.add_argument(field.flag, type=kinds.get(field.annotation, str), **about)

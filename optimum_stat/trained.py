@@ -7,7 +7,7 @@ import tempfile
 from abc import abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar, final
 
@@ -21,12 +21,11 @@ from . import checkpoint
 from .budget import Ranking
 from .data import Batches, pad_id_of
 from .families import Group, find_groups
-from .probes import device_of
 from .pruner import Pruner
 from .report import Cost, GroupReport, TimedStage
 from .slicing import Plan, restored_on_error, slice_model
 from .trained_config import TrainedConfig
-from .training import Masks, PruningTrainer, masks_in, own_randomness, trainable, values_restored_on_error
+from .training import Masks, PruningTrainer, differing, lent, masks_in, own_randomness, trainable, values_restored_on_error
 from .training_data import Example, examples, metrics_of
 from .training_sizes import Size, error_curve, orders
 
@@ -100,6 +99,8 @@ class TrainedPruner(Pruner[T]):
         """
         wanted = [name for name, parameter in self.model.named_parameters() if parameter.requires_grad]
         evaluation = None if eval_dataset is None else self._read(eval_dataset, text_columns, label_column, needs="data")
+        named = teacher if isinstance(teacher, str) or teacher is None else teacher.name_or_path or type(teacher).__name__
+        taught = (named or "the dense model") if self.config.distill else None
         with tempfile.TemporaryDirectory() as spare, own_randomness():
             args = self._arguments(training_args, spare)
             self._check_arguments(args, evaluation)
@@ -107,9 +108,11 @@ class TrainedPruner(Pruner[T]):
             # the teacher is taken before anything changes: it may be this very model
             self._run = _Run(args, evaluation, self._teacher(teacher), resume, wanted)
             try:
-                return Pruner.prune(self, dataset, text_columns=text_columns, label_column=label_column)
+                model = Pruner.prune(self, dataset, text_columns=text_columns, label_column=label_column)
             finally:
                 del self._run
+        self._report = replace(self.report, training={"teacher": taught, "arguments": differing(args)})
+        return model
 
     def check(self, dense: Cost, batches: Batches) -> None:
         """Refuse a budget below the smallest plan."""
@@ -124,7 +127,7 @@ class TrainedPruner(Pruner[T]):
     def shoot(self, keep: float, dense: Cost, batches: Batches, stage: TimedStage) -> tuple[GroupReport, ...]:
         """Train, prune to `keep`, train what is left."""
         kept = values_restored_on_error(self.model) if self._guard is restored_on_error else nullcontext()
-        with kept, _lent(self.model), torch.enable_grad():
+        with kept, lent(self.model), torch.enable_grad():
             before = self._evaluate()
             lines = self.lines(keep, dense, batches, stage)
             if self.config.finetune_epochs:
@@ -280,17 +283,3 @@ class TrainedPruner(Pruner[T]):
         for name, value in {"use_cache": False, "return_dict": True}.items():
             setattr(teacher.config, name, value)
         return teacher.eval().requires_grad_(False)
-
-
-@contextmanager
-def _lent(model: PreTrainedModel) -> Iterator[None]:
-    """Trainer moves the model to the device that it trains on, and writes into its config."""
-    device, spread = device_of(model), getattr(model, "hf_device_map", None)
-    config = dict(model.config.__dict__)
-    try:
-        yield
-    finally:
-        model.config.__dict__.clear()
-        model.config.__dict__.update(config)
-        if spread is None:
-            model.to(device)

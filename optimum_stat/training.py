@@ -11,12 +11,13 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_pt_utils import LengthGroupedSampler
 from transformers.trainer_utils import get_last_checkpoint
 
 from . import distillation
 from .families import Group, task_of
+from .probes import device_of
 from .slicing import Plan
 from .training_data import Collator, Example, metrics_of, scores
 
@@ -191,6 +192,17 @@ def _diverged(what: str, args: TrainingArguments, state: Any) -> Diverged:
     )
 
 
+def differing(args: TrainingArguments) -> dict[str, Any]:
+    """The arguments that differ from Trainer's defaults, as plain values, without those that say where things are."""
+    defaults, found = TrainingArguments(args.output_dir).to_dict(), args.to_dict()
+    places = ("output_dir", "logging_dir", "run_name", "resume_from_checkpoint", "disable_tqdm")
+    return {
+        name: value
+        for name, value in found.items()
+        if value != defaults.get(name) and name not in places and isinstance(value, (str, int, float)) and "hub_" not in name
+    }
+
+
 @contextmanager
 def masks_in(model: nn.Module, masks: Masks) -> Iterator[None]:
     """The masks at work in the model and in its state, and gone afterwards."""
@@ -244,3 +256,17 @@ def values_restored_on_error(model: nn.Module) -> Iterator[None]:
         for parameter, value in before:
             parameter.data = value
         raise
+
+
+@contextmanager
+def lent(model: PreTrainedModel) -> Iterator[None]:
+    """Trainer moves the model to the device that it trains on, and writes into its config."""
+    device, spread = device_of(model), getattr(model, "hf_device_map", None)
+    config = dict(model.config.__dict__)
+    try:
+        yield
+    finally:
+        model.config.__dict__.clear()
+        model.config.__dict__.update(config)
+        if spread is None:
+            model.to(device)

@@ -16,7 +16,7 @@ from optimum_stat.families import FAMILIES
 PACKAGE = Path(optimum_stat.__file__).parent
 LAYERS = (
     {"linalg", "families", "config", "autoload"},
-    {"labels", "trained_config"},
+    {"distillation", "labels", "trained_config"},
     {
         "rows",
         "data",

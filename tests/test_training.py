@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -223,7 +224,12 @@ def test_metrics_before_and_after_go_into_the_card(method: str, family: str, hea
         right = [int(tiny(family, head)(torch.tensor([row["input_ids"]])).logits.argmax()) == row["label"] for row in rows[:6]]
         assert metric["dense"] == pytest.approx(sum(right) / 6, abs=1e-4)
     pruner.save_pretrained(tmp_path / "pruned")
-    assert name in (tmp_path / "pruned" / "README.md").read_text()
+    card = (tmp_path / "pruned" / "README.md").read_text()
+    assert name in card
+    assert "without retraining" not in card
+    assert "- Teacher: the dense model" in card
+    assert re.search(r"--training-args .*eval_strategy=epoch", card)
+    assert str(tmp_path) not in card
     assert torch.equal(outputs(type(model).from_pretrained(tmp_path / "pruned"), many()[0]), outputs(pruner.model, many()[0]))
 
 
