@@ -16,10 +16,14 @@ if TYPE_CHECKING:
     from .config import PruningConfig as PruningConfig
     from .methods.fisher import FisherConfig as FisherConfig
     from .methods.fisher import FisherPruner as FisherPruner
+    from .methods.movement import MovementConfig as MovementConfig
+    from .methods.movement import MovementPruner as MovementPruner
     from .methods.stat import STATConfig as STATConfig
     from .methods.stat import STATPruner as STATPruner
     from .methods.surgeon import SurgeonConfig as SurgeonConfig
     from .methods.surgeon import SurgeonPruner as SurgeonPruner
+    from .methods.vib import VIBConfig as VIBConfig
+    from .methods.vib import VIBPruner as VIBPruner
     from .pruner import Pruner as Pruner
     from .semi_structured import to_sparse_semi_structured as to_sparse_semi_structured
 
@@ -27,23 +31,31 @@ __version__ = "0.1.0.dev0"
 _HOME = {
     "FisherConfig": "methods.fisher",
     "FisherPruner": "methods.fisher",
+    "MovementConfig": "methods.movement",
+    "MovementPruner": "methods.movement",
     "Pruner": "pruner",
     "PruningConfig": "config",
     "STATConfig": "methods.stat",
     "STATPruner": "methods.stat",
     "SurgeonConfig": "methods.surgeon",
     "SurgeonPruner": "methods.surgeon",
+    "VIBConfig": "methods.vib",
+    "VIBPruner": "methods.vib",
     "to_sparse_semi_structured": "semi_structured",
 }
 __all__ = [
     "FisherConfig",
     "FisherPruner",
+    "MovementConfig",
+    "MovementPruner",
     "Pruner",
     "PruningConfig",
     "STATConfig",
     "STATPruner",
     "SurgeonConfig",
     "SurgeonPruner",
+    "VIBConfig",
+    "VIBPruner",
     "__version__",
     "to_sparse_semi_structured",
 ]

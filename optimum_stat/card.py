@@ -62,6 +62,7 @@ def render(recipe: dict[str, Any], repo_id: str, paper: Paper) -> str:
         layers=_layers(report["groups"]),
         grouped=recipe["record"]["heads"] != recipe["record"]["key_value_heads"],
         zeros=report.get("counts") == "weights",
+        training=report.get("training"),
         config_json=json.dumps(recipe["config"]),
         asks=_asks(recipe["config"]),
     )

@@ -9,7 +9,7 @@ from __future__ import annotations
 import argparse
 import ast
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -41,15 +41,22 @@ def shared_fields() -> tuple[ConfigField, ...]:
 
 def methods() -> dict[str, tuple[ConfigField, ...]]:
     """Method name -> the fields of its configuration that are its own."""
-    found = {}
+    found, shared = {}, _classes(PACKAGE / "trained_config.py")
     for path in sorted((PACKAGE / "methods").glob("*.py")):
-        classes = _classes(path)
+        classes = {**shared, **_classes(path)}
         for node in classes.values():
             values = {a.target.id: a.value for a in node.body if isinstance(a, ast.AnnAssign) and isinstance(a.target, ast.Name)}
             name, config = values.get("method"), values.get("config_class")
             if isinstance(name, ast.Constant) and isinstance(config, ast.Name):
-                found[str(name.value)] = _fields(classes[config.id])
+                found[str(name.value)] = _all_fields(classes[config.id], classes)
     return found
+
+
+def _all_fields(node: ast.ClassDef, classes: Mapping[str, ast.ClassDef]) -> tuple[ConfigField, ...]:
+    """A class's fields, after those of the classes that it extends (but for `PruningConfig`, which everybody has)."""
+    above = [classes[base.id] for base in node.bases if isinstance(base, ast.Name) and base.id in classes]
+    fields = {field.name: field for parent in above for field in _all_fields(parent, classes)}
+    return tuple({**fields, **{field.name: field for field in _fields(node)}}.values())
 
 
 def add_config_options(parser: argparse.ArgumentParser, without: Sequence[str] = ()) -> None:
@@ -60,13 +67,14 @@ def add_config_options(parser: argparse.ArgumentParser, without: Sequence[str] =
     group.add_argument(
         "--paper", action="store_true", help="start from the method's published configuration instead of its best one"
     )
-    for field in shared_fields():
-        if field.name not in without:
-            _add_field(group, field, _help(field))
-    own: dict[str, dict[str, ConfigField]] = {}
+    shared, own = {field.name: field for field in shared_fields()}, dict[str, dict[str, ConfigField]]()
     for method, fields in known.items():
         for field in fields:
             own.setdefault(field.name, {})[method] = field
+    for name, field in shared.items():
+        others = "".join(f"; {method}: {theirs.default}" for method, theirs in own.pop(name, {}).items())
+        if name not in without:
+            _add_field(group, field, _help(dataclasses.replace(field, default=f"{field.default}{others}")))
     groups: dict[tuple[str, ...], Any] = {}
     for by_method in own.values():
         methods_of, field = tuple(by_method), next(iter(by_method.values()))
@@ -79,8 +87,9 @@ def add_config_options(parser: argparse.ArgumentParser, without: Sequence[str] =
 def given_config(args: argparse.Namespace) -> dict[str, Any]:
     """The configuration's fields that the user gave. Raises KeyError, with the option, if the method has no such field."""
     known = methods()
-    own = {field.name: field for fields in known.values() for field in fields}
-    everything = {field.name: field for field in shared_fields()} | own
+    shared = {field.name: field for field in shared_fields()}
+    own = {field.name: field for fields in known.values() for field in fields if field.name not in shared}
+    everything = shared | own
     given = {name: value for name, value in vars(args).items() if name in everything}
     wrong = sorted(given.keys() & own.keys() - {field.name for field in known[args.method]})
     if wrong:
@@ -121,6 +130,26 @@ def add_data_options(parser: argparse.ArgumentParser, split_help: str) -> None:
     )
     group.add_argument("--label-column", metavar="COLUMN", help="the column with the labels (default: found by name)")
     group.add_argument("--streaming", action="store_true", help="read rows as needed instead of downloading the whole dataset")
+
+
+def add_training_options(parser: argparse.ArgumentParser) -> None:
+    """What the methods that train take besides."""
+    group = parser.add_argument_group("training, for methods that train")
+    group.add_argument(
+        "--training-args",
+        nargs="+",
+        metavar="NAME=VALUE",
+        help="fields of transformers.TrainingArguments, such as num_train_epochs=3 learning_rate=5e-5 output_dir=checkpoints",
+    )
+    group.add_argument("--eval-split", metavar="SPLIT", help="the part of the dataset to evaluate on (default: none)")
+    group.add_argument("--teacher", help="a model to distill from (default: the dense model itself)")
+    group.add_argument("--resume", action="store_true", help="go on from the last checkpoint in output_dir")
+
+
+def given_training(args: argparse.Namespace) -> list[str]:
+    """The options that the user gave of `add_training_options`."""
+    names = ("training_args", "eval_split", "teacher", "resume")
+    return ["--" + name.replace("_", "-") for name in names if getattr(args, name)]
 
 
 def add_model_options(parser: argparse.ArgumentParser) -> None:
@@ -166,10 +195,15 @@ def number(text: str) -> int | None:
     return None if text.lower() in ("none", "all") else int(text)
 
 
+def real(text: str) -> float | None:
+    """A number, or None for "none"."""
+    return None if text.lower() == "none" else float(text)
+
+
 def _add_field(group: Any, field: ConfigField, text: str) -> None:
     about: dict[str, Any] = {"default": argparse.SUPPRESS, "help": text.replace("%", "%%")}
     if field.annotation == "bool":
         group.add_argument(field.flag, action=argparse.BooleanOptionalAction, **about)
     else:
-        kinds = {"float": float, "int": int, "int | None": number}
+        kinds = {"float": float, "int": int, "int | None": number, "float | None": real}
         group.add_argument(field.flag, type=kinds.get(field.annotation, str), **about)

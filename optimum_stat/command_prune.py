@@ -9,7 +9,7 @@ import os
 from pathlib import Path
 from typing import Any, final
 
-from . import command_data, command_options
+from . import command_data, command_options, command_training
 from .command_base import LOGGER, Command, Result, WrongArguments, check_model, device, loading
 
 
@@ -25,6 +25,7 @@ class PruneCommand(Command):
         parser.add_argument("-m", "--model", required=True, help="a model on the Hub, or a folder")
         command_options.add_config_options(parser)
         command_options.add_data_options(parser, "which part of the dataset (default: train)")
+        command_options.add_training_options(parser)
         command_options.add_model_options(parser)
         group = parser.add_argument_group("publishing")
         group.add_argument(
@@ -37,9 +38,13 @@ class PruneCommand(Command):
         """Prune, save, push."""
         args = self.args
         _check_output(args.output)
+        check_model(args.model)
+        command_data.check(args.dataset)
         repo_id = _repo_id(args)
-        pruner, data = _pruner_and_data(args)
-        pruner.prune(**data)
+        method, config = _method_and_config(args)
+        training = command_training.arguments(args, method)
+        pruner, data = _pruner_and_data(args, method, config)
+        pruner.prune(**data, **training)
         pruner.save_pretrained(args.output)
         url = pruner.push_to_hub(repo_id, private=args.private or None) if repo_id else None
         name = type(pruner.model).__name__
@@ -77,7 +82,9 @@ class SweepCommand(Command):
             if args.shares is None:
                 raise WrongArguments("OUTPUT asked without --keep: say which sizes to write, such as --keep 0.8,0.6,0.4.")
             _check_output(args.output)
-        pruner, data = _pruner_and_data(args)
+        check_model(args.model)
+        command_data.check(args.dataset)
+        pruner, data = _pruner_and_data(args, *_method_and_config(args))
         from .sweep import SweepReport
 
         shares = {} if args.shares is None else {"keep": args.shares}
@@ -93,11 +100,8 @@ class SweepCommand(Command):
         return f"{found}\nsaved in {args.output}", found.to_dict()
 
 
-def _pruner_and_data(args: Any) -> tuple[Any, dict[str, Any]]:
-    """The pruner, and what its `prune` takes; what can be refused early is."""
-    check_model(args.model)
-    command_data.check(args.dataset)
-    method, config = _method_and_config(args)
+def _pruner_and_data(args: Any, method: Any, config: Any) -> tuple[Any, dict[str, Any]]:
+    """The pruner, and what its `prune` takes."""
     if args.dataset is None:
         LOGGER.info("no --dataset: the calibration data is %s. Your own data is better.", command_data.BUNDLED)
     dataset = command_data.dataset(args, for_evaluation=False)

@@ -98,7 +98,7 @@ def make_batches(
     if (getattr(text_config, "type_vocab_size", None) or 0) < 2:  # the model refuses token types, or has no second one
         items = [{key: value for key, value in item.items() if key != "token_type_ids"} for item in items]
     if rows.kind != "ready batches":
-        items = _pad(items, config.batch_size, _pad_id(tokenizer, text_config))
+        items = _pad(items, config.batch_size, pad_id_of(tokenizer, text_config))
     names = [name for name in LABELS if name in items[0]]
     labels = tuple({name: item.pop(name) for name in names} for item in items) if names else None
     mean, digest = round(tally.num_tokens / tally.num_examples), tally.digest.hexdigest()
@@ -245,7 +245,7 @@ def _cut(stream: Iterable[list[int]], length: int, before: Sequence[int] = ()) -
         yield tensors({"input_ids": [[*before, *rest]]}, ["input_ids"], "A window")
 
 
-def _pad_id(tokenizer: Any, text_config: Any) -> int:
+def pad_id_of(tokenizer: Any, text_config: Any) -> int:
     """What to pad with: the mask hides it, but the model looks it up, and a tokenizer may have added it on its own."""
     known = (None if tokenizer is None else tokenizer.pad_token_id, getattr(text_config, "pad_token_id", None))
     vocab_size = getattr(text_config, "vocab_size", None) or 1
@@ -256,10 +256,10 @@ def _pad(examples: list[dict[str, Tensor]], batch_size: int, pad_id: int) -> lis
     """Batches of like length, the longest first, so that memory runs out at once or never."""
     examples = sorted(examples, key=lambda example: -example["input_ids"].shape[1])
     parts = [examples[start : start + batch_size] for start in range(0, len(examples), batch_size)]
-    return [{key: _joined(key, [example[key] for example in part], pad_id) for key in part[0]} for part in parts]
+    return [{key: joined(key, [example[key] for example in part], pad_id) for key in part[0]} for part in parts]
 
 
-def _joined(key: str, values: list[Tensor], pad_id: int) -> Tensor:
+def joined(key: str, values: list[Tensor], pad_id: int) -> Tensor:
     """What belongs to tokens is padded to one length, [examples, length]; what belongs to examples is not."""
     if key in LABELS and (values[0].dim() == 1 or values[0].is_floating_point()):
         return torch.cat(values)

@@ -113,7 +113,7 @@ def why_none(model: Any, columns: Sequence[str]) -> str:
         "token-classification": "token classification needs tokenized rows with labels for every token",
         "text-classification": f"a label is looked for in {', '.join(COLUMNS)}; name another column with label_column=",
     }[task]
-    return f"Labels are needed: {wanted}. Columns: {found}. Or use labels='model', which needs none."
+    return f"Labels are needed: {wanted}. Columns: {found}. Or use labels='model' or, where training, distill=1: they need none."
 
 
 def class_ids(labels: Sequence[Any], names: Sequence[str] | None, config: Any) -> list[int]:

@@ -103,7 +103,6 @@ class Pruner(ABC, Generic[C]):
         model, tokenizer, source = checkpoint.load(model_or_path, tokenizer=tokenizer, task=task, **kwargs)
         return cls(model, config or cls.config_class(), tokenizer, source, caller_holds_model=model is model_or_path)
 
-    @final
     def prune(self, dataset: Any, *, text_columns: Columns = None, label_column: str | None = None) -> PreTrainedModel:
         """Prune the model in place and return it.
 
@@ -242,8 +241,8 @@ class Pruner(ABC, Generic[C]):
         self._dense = teacher_of(model) if self.config.distill_epochs else None
         return batches
 
-    def _read(self, dataset: Any, text_columns: Columns, label_column: str | None) -> Batches:
-        model, use = self.model, self.labels
+    def _read(self, dataset: Any, text_columns: Columns, label_column: str | None, needs: str = "") -> Batches:
+        model, use = self.model, needs or self.labels
         if use == "none" and label_column is not None:
             raise ValueError(f"label_column={label_column!r} asked, but {self.method} with this config reads no labels.")
         return make_batches(

@@ -76,6 +76,8 @@ class PruningReport:
     """What the groups count: "units" that were sliced away, or "weights" that became zeros in a model of the old shape."""
     stages: dict[str, Stage] = field(default_factory=dict)
     latency: Latency | None = None
+    training: dict[str, Any] | None = None
+    """Of methods that train: "teacher", what it was, and "arguments", those of Trainer that differ from its defaults."""
 
     @property
     def tokens_per_unit(self) -> float:

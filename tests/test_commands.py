@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -316,6 +317,13 @@ def test_autoload_status(capsys: pytest.CaptureFixture[str]) -> None:
         (["--device", "abacus"], 1, "error: --device abacus asked"),
         (["--task", "magic"], 1, "error: task='magic' asked"),
         (["--keep", "0.001"], 1, "error: keep=0.001"),
+        (["--teacher", "them"], 2, "error: --teacher is no option of method stat, which does not train."),
+        (["--method", "movement", "--resume"], 2, "--resume asked, but there is nowhere to resume from: --training-args"),
+        (["--method", "movement", "--training-args", "speed=9"], 2, "transformers.TrainingArguments has no speed."),
+        (["--method", "movement", "--training-args", "max_steps"], 2, "--training-args max_steps asked; it takes NAME=VALUE"),
+        (["--method", "movement", "--training-args", "max_steps=few"], 2, "--training-args: argument --max_steps"),
+        (["--method", "movement", "--eval-split", "test"], 2, "--eval-split asked without --dataset"),
+        (["--method", "movement", "-d", "data.csv"], 1, "error: Labels are needed: BertModel has no head"),
     ],
 )
 def test_mistakes_end_in_one_line(
@@ -331,6 +339,27 @@ def test_mistakes_end_in_one_line(
     line = fails(capsys, code, "prune", str(tmp_path / "out"), "-m", folders["encoder"], "--max-examples", "9", *given)
     assert says in line
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_method_that_trains(
+    folders: dict[str, str], data: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """With Trainer's arguments, a teacher, an evaluation, and again from its last checkpoint: the same model."""
+    checkpoints, found = tmp_path / "checkpoints", []
+    for resume in ([], ["--resume"]):
+        asked = ["--method", "movement", "--keep", "0.6", "--batch-size", "8", "--teacher", folders["classifier"]]
+        training = ["--training-args", "max_steps=9", "save_steps=4", "learning_rate=1e-3", f"output_dir={checkpoints}", *resume]
+        data_options = ["-d", data["data.csv"], "--eval-split", "train"]
+        out = tmp_path / f"out{len(found)}"
+        main(["prune", str(out), "-m", folders["classifier"], *asked, *data_options, *training, "--quiet", "--json"])
+        report = json.loads(capsys.readouterr().out)["report"]
+        assert report["method"] == "movement"
+        assert 0.4 < report["reached"] <= 0.6
+        assert "accuracy" in (out / "README.md").read_text()
+        found.append((out / "model.safetensors").read_bytes())
+        assert {path.name for path in checkpoints.iterdir()} == {"checkpoint-4", "checkpoint-8", "checkpoint-9"}
+        shutil.rmtree(checkpoints / "checkpoint-9")
+    assert found[0] == found[1]
 
 
 def test_unknown_families_are_refused(folders: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

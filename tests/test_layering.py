@@ -16,7 +16,7 @@ from optimum_stat.families import FAMILIES
 PACKAGE = Path(optimum_stat.__file__).parent
 LAYERS = (
     {"linalg", "families", "config", "autoload"},
-    {"labels"},
+    {"teacher_losses", "labels", "trained_config"},
     {
         "rows",
         "data",
@@ -31,11 +31,25 @@ LAYERS = (
         "correction",
         "distillation",
         "semi_structured",
+        "training",
+        "training_data",
+        "training_sizes",
     },
     {"card", "report", "remote_code", "checkpoint", "sweep"},
     {"pruner"},
+    {"trained"},
     {"methods"},
-    {"commands", "command_base", "command_data", "command_options", "command_prune", "comparison", "evaluation", "squad"},
+    {
+        "commands",
+        "command_base",
+        "command_data",
+        "command_options",
+        "command_prune",
+        "command_training",
+        "comparison",
+        "evaluation",
+        "squad",
+    },
 )
 """From the bottom up: a file imports from its own layer or from one below it; the lowest imports nothing of ours."""
 FREE = {"__init__", "_wheel"}  # the lazy door to everything, and the one file that installation puts elsewhere

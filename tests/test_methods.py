@@ -13,13 +13,25 @@ from tiny import DECODERS, ENCODERS, LAYERS, batches, many, outputs, tiny
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from optimum_stat import FisherConfig, FisherPruner, STATConfig, STATPruner, SurgeonConfig, SurgeonPruner
+from optimum_stat import (
+    FisherConfig,
+    FisherPruner,
+    MovementConfig,
+    MovementPruner,
+    STATConfig,
+    STATPruner,
+    SurgeonConfig,
+    SurgeonPruner,
+    VIBConfig,
+    VIBPruner,
+)
 from optimum_stat.budget import model_cost, options, unit_cost
 from optimum_stat.config import PruningConfig
 from optimum_stat.families import FAMILIES, find_groups, weight
 from optimum_stat.methods import METHODS
 from optimum_stat.pruner import Pruner
 from optimum_stat.slicing import producer_rows
+from optimum_stat.trained import TrainedPruner
 
 RECIPES: dict[str, tuple[type[Pruner[Any]], Callable[..., PruningConfig]]] = {
     "stat-stream": (STATPruner, lambda **asked: STATConfig(metric="stream", **asked)),
@@ -29,8 +41,17 @@ RECIPES: dict[str, tuple[type[Pruner[Any]], Callable[..., PruningConfig]]] = {
     "fisher-paper": (FisherPruner, lambda **asked: dataclasses.replace(FisherConfig.paper(**asked), labels="auto")),
     "surgeon": (SurgeonPruner, lambda **asked: SurgeonConfig(**{"shots": 2, **asked})),
     "surgeon-paper": (SurgeonPruner, lambda **asked: SurgeonConfig.paper(**{"shots": 2, "structure": "units", **asked})),
+    "movement": (MovementPruner, lambda **asked: MovementConfig(distill=1.0, **asked)),
+    "movement-filled": (
+        MovementPruner,
+        lambda **asked: MovementConfig(distill=1.0, variant="hybrid-filled", block_size=8, finetune_epochs=1, **asked),
+    ),
+    "vib": (VIBPruner, lambda **asked: VIBConfig(distill=1.0, **asked)),
+    "vib-faster": (VIBPruner, lambda **asked: VIBConfig(distill=1.0, masks_only=True, **asked)),
 }
 """Every way of pruning that must hold the promises below; a new method adds its lines here."""
+TRAINED = [recipe for recipe, (pruner, _) in RECIPES.items() if issubclass(pruner, TrainedPruner)]
+WITHOUT_TRAINING = [recipe for recipe in RECIPES if recipe not in TRAINED]
 TABLE = pytest.mark.parametrize(("recipe", "family"), [(recipe, family) for recipe in RECIPES for family in FAMILIES])
 EACH_RECIPE = pytest.mark.parametrize("recipe", RECIPES)
 HEADS = ("", "MaskedLM", "SequenceClassification", "TokenClassification", "QuestionAnswering")
@@ -231,7 +252,7 @@ def test_an_exception_leaves_the_model_as_it_was(recipe: str, family: str):
     assert at > 6
 
 
-@TABLE
+@pytest.mark.parametrize(("recipe", "family"), [(recipe, family) for recipe in WITHOUT_TRAINING for family in FAMILIES])
 def test_keeping_all_gives_the_dense_model(recipe: str, family: str):
     pruner = prune(recipe, family, batches(), keep=1.0)
     assert pruner.report.reached == 1
@@ -246,7 +267,7 @@ LAYOUTS = {
 }
 
 
-@EACH_RECIPE
+@pytest.mark.parametrize("recipe", WITHOUT_TRAINING)  # what a training step sees is a batch
 @pytest.mark.parametrize("family", ["bert", "distilbert", "gpt2", "opt", "qwen2"])
 def test_neither_padding_nor_batch_size_matters(recipe: str, family: str):
     data = tuple(range(8, 21)) * 2

@@ -6,7 +6,9 @@ from typing import Any
 
 from ..pruner import Pruner
 from .fisher import FisherPruner
+from .movement import MovementPruner
 from .stat import STATPruner
 from .surgeon import SurgeonPruner
+from .vib import VIBPruner
 
-METHODS: tuple[type[Pruner[Any]], ...] = (FisherPruner, STATPruner, SurgeonPruner)
+METHODS: tuple[type[Pruner[Any]], ...] = (FisherPruner, MovementPruner, STATPruner, SurgeonPruner, VIBPruner)

@@ -1,0 +1,283 @@
+"""Methods that train: the flow of `Pruner`, whose measurement is a run of `transformers.Trainer`."""
+
+from __future__ import annotations
+
+import copy
+import tempfile
+from abc import abstractmethod
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, ClassVar, TypeVar, final
+
+import torch
+from safetensors.torch import load_model, save_model
+from torch import Tensor
+from transformers import PreTrainedModel, TrainingArguments
+from transformers.trainer_utils import get_last_checkpoint
+
+from . import checkpoint
+from .budget import Ranking
+from .currency import Currency
+from .data import Batches, pad_id_of
+from .families import Group, find_groups
+from .pruner import Pruner
+from .report import GroupReport, Lines, TimedStage
+from .slicing import Plan, restored_on_error, slice_model
+from .trained_config import TrainedConfig
+from .training import Masks, PruningTrainer, differing, lent, masks_in, own_randomness, trainable, values_restored_on_error
+from .training_data import Example, examples, metrics_of
+from .training_sizes import Size, error_curve, orders
+
+FINETUNE, MASKED = "finetune", "masked.safetensors"
+
+
+T = TypeVar("T", bound=TrainedConfig)
+
+
+@dataclass(frozen=True)
+class _Run:
+    """What one `prune` was asked to do."""
+
+    args: TrainingArguments
+    evaluation: Batches | None
+    teacher: Any
+    """A model, or None where none is needed."""
+    resume: str | bool | None
+    trainable: Sequence[str]
+    """Names of the parameters that wanted gradients."""
+
+
+class TrainedPruner(Pruner[T]):
+    """Train the model with masks, decide by what they have learned, slice; then, if asked, train what is left.
+
+    A method supplies `make_masks`, and `repair`, which writes into the weights what the masks did to them.
+    """
+
+    defaults: ClassVar[Mapping[str, Any]]
+    """`TrainingArguments` where none are given, and where a dict gives others only."""
+
+    @property
+    def labels(self) -> str:
+        """Needed, unless the teacher alone says what to predict."""
+        return "auto" if self.config.distill == 1 else "data"
+
+    @property
+    def trains_weights(self) -> bool:
+        """Whether the weights train beside the masks."""
+        return True
+
+    @abstractmethod
+    def make_masks(self, groups: list[Group], batches: Batches) -> Masks:
+        """Masks for `groups`, which come down to `self.size`."""
+
+    def prune(  # the flow is Pruner's; what is needed for training comes in beside the data
+        self,
+        dataset: Any,
+        eval_dataset: Any = None,
+        training_args: TrainingArguments | Mapping[str, Any] | None = None,
+        *,
+        text_columns: Sequence[str] | None = None,
+        label_column: str | None = None,
+        teacher: str | PreTrainedModel | None = None,
+        resume_from_checkpoint: str | bool | None = None,
+    ) -> PreTrainedModel:
+        """Train and prune the model in place and return it.
+
+        dataset, eval_dataset: as for every method, with labels. With `eval_dataset` the metric of the dense and of the pruned
+        model go into `metrics`, and Trainer evaluates whenever `eval_strategy` says so.
+        training_args: `transformers.TrainingArguments`, or a dict of those that differ from the method's defaults. Without an
+        `output_dir` nothing is kept on the way, and an interrupted run cannot be resumed.
+        teacher: a model, or the Hub id or folder of one, of the same outputs and vocabulary. None: the dense model itself.
+        resume_from_checkpoint: True for the last checkpoint in `output_dir`, or a checkpoint's folder; with the same data,
+        configuration and arguments the run ends as if it had never stopped.
+
+        Raises:
+            Diverged: the loss or a gradient became NaN or infinite. As after every error, a live model is as it was.
+        """
+        wanted = [name for name, parameter in self.model.named_parameters() if parameter.requires_grad]
+        evaluation = None if eval_dataset is None else self._read(eval_dataset, text_columns, label_column, needs="data")
+        named = teacher if isinstance(teacher, str) or teacher is None else teacher.name_or_path or type(teacher).__name__
+        taught = (named or "the dense model") if self.config.distill else None
+        with tempfile.TemporaryDirectory() as spare, own_randomness():
+            args = self._arguments(training_args, spare)
+            self._check_arguments(args, evaluation)
+            resume = resume_from_checkpoint or args.resume_from_checkpoint
+            # the teacher is taken before anything changes: it may be this very model
+            self._run = _Run(args, evaluation, self._teacher(teacher), resume, wanted)
+            try:
+                model = Pruner.prune(self, dataset, text_columns=text_columns, label_column=label_column)
+            finally:
+                del self._run
+        self._report = replace(self.report, training={"teacher": taught, "arguments": differing(args)})
+        return model
+
+    def survey(self, groups: list[Group], batches: Batches, stage: TimedStage) -> Ranking:
+        """Refused: what is learned on the way to one size says nothing of another."""
+        raise ValueError(f"{self.method} trains towards one size: prune to each by itself, instead of sweep or plan.")
+
+    def size(self, groups: list[Group]) -> Size:
+        """What masks for `groups` have to come down to."""
+        return Size(self.config.keep, *self.currency.choices(groups), self.currency.limit)
+
+    @final
+    def shoot(self, keep: float, batches: Batches, stage: TimedStage) -> Lines:
+        """Train, prune to `keep`, train what is left."""
+        kept = values_restored_on_error(self.model) if self._guard is restored_on_error else nullcontext()
+        with kept, lent(self.model), torch.enable_grad():
+            before = self._evaluate()
+            lines = self.lines(keep, batches, stage)
+            if self.config.finetune_epochs:
+                with stage("finetune"), self.frozen_zeros():
+                    self._finetune(self.rows(batches))
+            after = self._evaluate()
+        self.metrics += [{**own, "dense": was["value"]} for own, was in zip(after, before, strict=True)]
+        return lines
+
+    def rows(self, batches: Batches) -> list[Example]:
+        """What to train on. Default: everything that was read."""
+        return examples(batches)
+
+    def lines(self, keep: float, batches: Batches, stage: TimedStage) -> Lines:
+        """Train and prune to `keep`; what the report says of every group."""
+        groups = find_groups(self.model)
+        with stage("train"):
+            ranking = self.rank(groups, self.measure(groups, batches))
+        kept = self.allocate(groups, ranking, keep, self.currency)
+        plan, nats = self.select(ranking, kept), self.nats(batches)
+        with stage("slice"):
+            self.repair(groups, plan, batches)
+            slice_model(self.model, plan)
+        return tuple(GroupReport.of(group, ranking.error[group.name], kept[group.name], nats) for group in groups)
+
+    @contextmanager
+    def frozen_zeros(self) -> Iterator[None]:
+        """While what is left trains: keep what has to stay zero. Default: nothing has."""
+        yield
+
+    def measure(self, groups: list[Group], batches: Batches) -> Iterator[tuple[Group, Tensor]]:
+        """Train; then what the masks say of each group's units, [units], the larger the better."""
+        own, args = self._run, self._run.args
+        masks = self.make_masks(groups, batches)
+        finished = Path(args.output_dir) / FINETUNE / MASKED
+        names = own.trainable if self.trains_weights else []
+        with masks_in(self.model, masks), trainable(self.model, names):
+            for parameter in masks.parameters():
+                parameter.requires_grad_(True)
+            masks.to(args.device)
+            if own.resume and finished.exists():
+                load_model(self.model, finished)
+            else:
+                self._train(args, self.rows(batches), masks, own.resume)
+                if self.config.finetune_epochs and args.save_strategy != "no" and args.should_save:
+                    finished.parent.mkdir(parents=True, exist_ok=True)
+                    save_model(self.model, str(finished))
+            masks.step(1.0)
+            self._masks = masks
+        for group in groups:
+            yield group, masks.scores(group)
+
+    def rank(self, groups: list[Group], stats: Iterable[tuple[Group, Tensor]]) -> Ranking:
+        """By score; `error[g][k]` is the sum of the scores of the units that go."""
+        scores = {group.name: own for group, own in stats}
+        order = orders(scores)
+        return Ranking(order, {name: error_curve(own[order[name]]) for name, own in scores.items()})
+
+    def allocate(self, groups: list[Group], ranking: Ranking, keep: float, currency: Currency) -> dict[str, int]:
+        """As many units as the masks kept in the last step."""
+        return {name: len(units) for name, units in self._masks.plan.items()}
+
+    def select(self, ranking: Ranking, kept: Mapping[str, int]) -> Plan:
+        """The units that the masks kept in the last step."""
+        return self._masks.plan
+
+    def _finetune(self, rows: list[Example]) -> None:
+        args = copy.copy(self._run.args)
+        args.output_dir = str(Path(args.output_dir) / FINETUNE)
+        args.num_train_epochs, args.max_steps = self.config.finetune_epochs, -1
+        last = get_last_checkpoint(args.output_dir) if self._run.resume and Path(args.output_dir).is_dir() else None
+        with trainable(self.model, self._run.trainable):
+            self._train(args, rows, None, last)
+
+    def _train(self, args: TrainingArguments, rows: list[Example], masks: Masks | None, resume: str | bool | None) -> None:
+        trainer, own = self._trainer(args, rows, masks), self.model.__dict__
+        forward = own.get("forward")
+        try:
+            trainer.train(resume_from_checkpoint=resume)
+        finally:  # mixed precision puts a forward of its own into the model
+            for name, before in (("forward", forward), ("_original_forward", None)):
+                own.pop(name, None)
+                own.update({} if before is None else {name: before})
+
+    def _trainer(self, args: TrainingArguments, rows: list[Example], masks: Masks | None) -> PruningTrainer:
+        return PruningTrainer(
+            self.model,
+            args,
+            rows,
+            None if self._run.evaluation is None else examples(self._run.evaluation),
+            pad_id=pad_id_of(self.tokenizer, self.model.config.get_text_config()),
+            masks=masks,
+            teacher=self._run.teacher,
+            distill=self.config.distill,
+            layers=self.config.distill_layers,
+        )
+
+    def _evaluate(self) -> list[dict[str, Any]]:
+        """The model's metrics as it is now, as cards want them."""
+        evaluation = self._run.evaluation
+        if evaluation is None:
+            return []
+        found = self._trainer(self._run.args, [], None).evaluate()
+        names = metrics_of(self.model) or ("loss",)
+        return [{"name": name, "dataset": evaluation.source, "value": round(found[f"eval_{name}"], 4)} for name in names]
+
+    def _arguments(self, given: TrainingArguments | Mapping[str, Any] | None, spare: str) -> TrainingArguments:
+        if isinstance(given, TrainingArguments):
+            return given
+        asked = dict(given or {})
+        own = {
+            "output_dir": spare,
+            "save_strategy": "steps" if "output_dir" in asked else "no",
+            "per_device_train_batch_size": self.config.batch_size,
+            "per_device_eval_batch_size": self.config.batch_size,
+            "seed": self.config.seed,
+            "train_sampling_strategy": "group_by_length",
+            "dataloader_pin_memory": torch.cuda.is_available(),
+            **self.defaults,
+        }
+        return TrainingArguments(**{**own, **asked})
+
+    def _check_arguments(self, args: TrainingArguments, evaluation: Batches | None) -> None:
+        """Refuse, before any work, what Trainer would find out at the end."""
+        if args.load_best_model_at_end:
+            raise ValueError(
+                "load_best_model_at_end asked, but while pruning the best checkpoint is one that is hardly pruned yet. "
+                "Leave it out: the last state is the one that has the size asked for."
+            )
+        wanted, known = args.metric_for_best_model, ("loss", *metrics_of(self.model))
+        if evaluation is None and (args.eval_strategy != "no" or wanted):
+            raise ValueError("training_args ask for an evaluation, and there is nothing to evaluate on: pass eval_dataset=.")
+        if wanted and wanted.removeprefix("eval_") not in known:
+            raise ValueError(
+                f"metric_for_best_model={wanted!r} asked; for {type(self.model).__name__} there are {', '.join(known)}."
+            )
+
+    def _teacher(self, asked: str | PreTrainedModel | None) -> Any:
+        if not self.config.distill:
+            if asked is not None:
+                raise ValueError("A teacher was passed, but distill=0 asks for none. Set distill, or leave teacher out.")
+            return None
+        if asked is None:
+            teacher: Any = copy.deepcopy(self.model)
+        elif isinstance(asked, str):
+            teacher = checkpoint.load(asked)[0]
+        else:
+            teacher = copy.deepcopy(asked)
+        for name in ("num_labels", "vocab_size"):
+            here, there = (getattr(model.config.get_text_config(), name, None) for model in (self.model, teacher))
+            if here != there:
+                raise ValueError(f"The teacher's {name} is {there}, the model's {here}: it has to predict the same.")
+        for name, value in {"use_cache": False, "return_dict": True}.items():
+            setattr(teacher.config, name, value)
+        return teacher.eval().requires_grad_(False)

@@ -1,0 +1,335 @@
+"""What every method that trains has to keep: its loss, its checkpoints, and what it says when something is wrong."""
+
+from __future__ import annotations
+
+import re
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from datasets import Dataset
+from safetensors.torch import load_file
+from tiny import batches, many, outputs, tiny
+from torch import Tensor, nn
+from transformers import TrainingArguments
+from transformers.modeling_outputs import ModelOutput
+
+from optimum_stat import MovementConfig, MovementPruner, VIBConfig, VIBPruner
+from optimum_stat.families import Group, find_groups
+from optimum_stat.teacher_losses import of_layers, of_outputs
+from optimum_stat.trained import TrainedPruner
+from optimum_stat.training import Diverged, Masks, PruningTrainer, masks_in, trainable
+from optimum_stat.training_data import Collator, examples, metrics_of, scores
+
+QUIET = {"disable_tqdm": True, "report_to": "none"}
+METHODS: dict[str, Any] = {
+    "movement": lambda **asked: (MovementPruner, MovementConfig(**asked)),
+    "movement-filled": lambda **asked: (
+        MovementPruner,
+        MovementConfig(variant="hybrid-filled", block_size=8, finetune_epochs=2.0, **asked),
+    ),
+    "vib": lambda **asked: (VIBPruner, VIBConfig(**asked)),
+    "vib-faster": lambda **asked: (VIBPruner, VIBConfig(masks_only=True, **asked)),
+}
+EACH_METHOD = pytest.mark.parametrize("method", METHODS)
+
+
+def pruner_for(method: str, model: Any, **asked: Any) -> TrainedPruner[Any]:
+    pruner, config = METHODS[method](**{"keep": 0.6, "batch_size": 4, **asked})
+    return pruner.from_pretrained(model, config)
+
+
+def labelled(num: int = 24, seed: int = 0) -> list[dict[str, Any]]:
+    generator = torch.Generator().manual_seed(seed)
+    rows = batches(tuple(range(5, 5 + num)), batch_size=1, seed=seed)
+    return [{"input_ids": row["input_ids"][0].tolist(), "label": int(torch.randint(3, (), generator=generator))} for row in rows]
+
+
+class Stopped(Exception):
+    """The power went off."""
+
+
+@contextmanager
+def power_cut(monkeypatch: pytest.MonkeyPatch, step: int):
+    """Raise in the given training step, counted over all phases of a run."""
+    original, count = PruningTrainer.training_step, 0
+
+    def training_step(self: Any, *arguments: Any, **named: Any) -> Tensor:
+        nonlocal count
+        count += 1
+        if count == step:
+            raise Stopped
+        return original(self, *arguments, **named)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(PruningTrainer, "training_step", training_step)
+        with pytest.raises(Stopped):
+            yield
+
+
+@EACH_METHOD
+@pytest.mark.parametrize("step", [8, 21])  # 24 examples, 4 a step: 18 steps, and 12 more where what is left is trained
+def test_an_interrupted_run_goes_on_and_ends_the_same(method: str, step: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    if step == 21 and method != "movement-filled":
+        step = 17
+    args = {**QUIET, "save_steps": 5, "learning_rate": 1e-3, "num_train_epochs": 3}
+    whole = pruner_for(method, tiny("bert", "SequenceClassification"))
+    whole.prune(labelled(), training_args={**args, "output_dir": str(tmp_path / "whole")})
+    model = tiny("bert", "SequenceClassification")
+    dense = model.state_dict()
+    args["output_dir"] = str(tmp_path / "cut")
+    with power_cut(monkeypatch, step):
+        pruner_for(method, model).prune(labelled(), training_args=args)
+    after = model.state_dict()
+    assert after.keys() == dense.keys()
+    assert all(torch.equal(after[name], dense[name]) for name in dense)
+    resumed = pruner_for(method, model)
+    resumed.prune(labelled(), training_args=args, resume_from_checkpoint=True)
+    wanted, found = whole.model.state_dict(), resumed.model.state_dict()
+    assert wanted.keys() == found.keys()
+    assert all(torch.equal(found[name], wanted[name]) for name in wanted)
+    assert resumed.report.groups == whole.report.groups
+
+
+class OnlyPenalty(Masks):
+    """One parameter, whose penalty has the gradient 3."""
+
+    def __init__(self) -> None:
+        nn.Module.__init__(self)
+        self.one = nn.Parameter(torch.zeros(()))
+
+    @contextmanager
+    def attached(self):
+        yield
+
+    def step(self, progress: float) -> None:
+        pass
+
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        return [{"params": [self.one], "lr": 0.1}]
+
+    def penalty(self) -> Tensor:
+        return 3 * self.one
+
+    def scores(self, group: Group) -> Tensor:
+        raise NotImplementedError
+
+
+@pytest.mark.parametrize("family", ["bert", "llama"])  # the latter's loss takes the number of items over all accumulated batches
+def test_gradient_accumulation_does_not_change_the_penalty(family: str, tmp_path: Path):
+    found = []
+    for accumulate in (1, 4):
+        model, masks = tiny(family, "SequenceClassification" if family == "bert" else None), OnlyPenalty()
+        args = TrainingArguments(
+            str(tmp_path / str(accumulate)),
+            optim="sgd",
+            max_steps=1,
+            gradient_accumulation_steps=accumulate,
+            per_device_train_batch_size=4 // accumulate,
+            lr_scheduler_type="constant",
+            max_grad_norm=0.0,
+            save_strategy="no",
+            dataloader_pin_memory=False,
+            **QUIET,
+        )
+        rows = examples(_read(model, labelled(4)))
+        with masks_in(model, masks), trainable(model, []):
+            masks.one.requires_grad_(True)
+            PruningTrainer(model, args, rows, None, pad_id=1, masks=masks, teacher=None, distill=0.0).train()
+        found.append(masks.one.item())
+    assert found == pytest.approx([-0.3, -0.3])
+
+
+def _read(model: Any, rows: Any) -> Any:
+    return MovementPruner(model, MovementConfig(batch_size=4))._read(rows, None, None)
+
+
+@EACH_METHOD
+def test_a_run_that_diverges_stops_and_says_where_the_last_good_state_is(method: str, tmp_path: Path):
+    model = tiny("bert", "SequenceClassification")
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    wild = {"learning_rate": 1e19, "max_grad_norm": 0.0, "num_train_epochs": 3}
+    args = {**QUIET, **wild, "output_dir": str(tmp_path), "save_steps": 1}
+    asked = {"mask_learning_rate": 1e30} if method == "vib-faster" else {}
+    with pytest.raises(Diverged, match=r"diverged in step \d+ of 18: .*; the last good state is (.*)\. Lower") as caught:
+        pruner_for(method, model, **asked).prune(labelled(), training_args=args)
+    after = model.state_dict()
+    assert all(torch.equal(after[name], before[name]) for name in before)
+    last = Path(str(caught.value).partition("the last good state is ")[2].partition(". Lower")[0])
+    assert all(bool(torch.isfinite(value).all()) for value in load_file(last / "model.safetensors").values())
+    with pytest.raises(Diverged, match="no checkpoint was written"):
+        pruner_for(method, model, **asked).prune(labelled(), training_args={**QUIET, **wild})
+
+
+def test_a_gradient_that_is_no_number_does_not_reach_the_weights(tmp_path: Path):
+    model = tiny("bert", "SequenceClassification")
+    layer = find_groups(model)[0].consumer
+    handle = layer.register_full_backward_hook(lambda m, given, out: tuple(g * torch.nan for g in given))
+    with pytest.raises(Diverged, match="a gradient is NaN or infinite"):
+        pruner_for("movement", model).prune(labelled(), training_args=QUIET)
+    handle.remove()
+
+
+@EACH_METHOD
+def test_data_without_labels_is_refused_before_any_work(method: str, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(PruningTrainer, "train", None)
+    with pytest.raises(ValueError, match=r"Labels are needed: .* where training, distill=1"):
+        pruner_for(method, tiny("bert", "SequenceClassification")).prune(many())
+    with pytest.raises(ValueError, match="Labels are needed"):
+        pruner_for(method, tiny("bert", "SequenceClassification"), distill=1.0).prune(many(), eval_dataset=many())
+
+
+@pytest.mark.parametrize(
+    ("args", "has_eval", "message"),
+    [
+        ({"metric_for_best_model": "f1"}, True, r"metric_for_best_model='f1' asked; for Bert\w+ there are loss, accuracy"),
+        ({"metric_for_best_model": "eval_accuracy"}, False, "nothing to evaluate on: pass eval_dataset="),
+        ({"eval_strategy": "epoch"}, False, "nothing to evaluate on: pass eval_dataset="),
+        ({"load_best_model_at_end": True, "eval_strategy": "epoch", "save_strategy": "epoch"}, True, "hardly pruned yet"),
+    ],
+)
+def test_evaluations_that_cannot_be_are_refused_before_any_work(
+    args: dict[str, Any], has_eval: bool, message: str, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(PruningTrainer, "train", None)
+    pruner = pruner_for("movement", tiny("bert", "SequenceClassification"))
+    with pytest.raises(ValueError, match=message):
+        pruner.prune(labelled(), labelled(5) if has_eval else None, training_args={**QUIET, **args})
+
+
+@EACH_METHOD
+@pytest.mark.parametrize(
+    ("family", "head"),
+    [("bert", "SequenceClassification"), ("roberta", "TokenClassification"), ("bert", "QuestionAnswering"), ("gpt2", None)],
+)
+def test_metrics_before_and_after_go_into_the_card(method: str, family: str, head: str | None, tmp_path: Path):
+    model = tiny(family, head)
+    rows = labelled()
+    if head == "TokenClassification":
+        rows = [{"input_ids": row["input_ids"], "labels": [id % 3 for id in row["input_ids"]]} for row in rows]
+    if head == "QuestionAnswering":
+        rows = [{"input_ids": row["input_ids"], "start_positions": 1, "end_positions": 3} for row in rows]
+    pruner = pruner_for(method, model)
+    args = TrainingArguments(
+        str(tmp_path / "out"), save_strategy="no", eval_strategy="epoch", dataloader_pin_memory=False, **QUIET
+    )
+    pruner.prune(Dataset.from_list(rows), Dataset.from_list(rows[:6]), args)
+    name = {"TokenClassification": "accuracy", "QuestionAnswering": "exact_match", None: "loss"}.get(head, "accuracy")
+    (metric,) = pruner.metrics
+    assert metric.keys() == {"name", "dataset", "value", "dense"}
+    assert metric["name"] == name
+    if head == "SequenceClassification":
+        right = [int(tiny(family, head)(torch.tensor([row["input_ids"]])).logits.argmax()) == row["label"] for row in rows[:6]]
+        assert metric["dense"] == pytest.approx(sum(right) / 6, abs=1e-4)
+    pruner.save_pretrained(tmp_path / "pruned")
+    card = (tmp_path / "pruned" / "README.md").read_text()
+    assert name in card
+    assert "without retraining" not in card
+    assert "- Teacher: the dense model" in card
+    assert re.search(r"--training-args .*eval_strategy=epoch", card)
+    assert str(tmp_path) not in card
+    assert torch.equal(outputs(type(model).from_pretrained(tmp_path / "pruned"), many()[0]), outputs(pruner.model, many()[0]))
+
+
+def test_a_larger_teacher():
+    model = tiny("bert", "SequenceClassification")
+    teacher = tiny("bert", "SequenceClassification", seed=3, num_hidden_layers=3, hidden_size=40)
+    before = outputs(teacher, batches()[0])
+    pruner_for("movement", model, distill=1.0).prune(many(), teacher=teacher, training_args=QUIET)
+    assert torch.equal(outputs(teacher, batches()[0]), before)
+    with pytest.raises(ValueError, match="The teacher's num_labels is 5, the model's 3"):
+        pruner_for("movement", model).prune(labelled(), teacher=tiny("bert", "SequenceClassification", num_labels=5))
+    with pytest.raises(ValueError, match="distill=0 asks for none"):
+        pruner_for("movement", model, distill=0.0).prune(labelled(), teacher=teacher)
+
+
+def test_distillation_is_the_divergence_from_the_teacher_at_temperature_two():
+    model, mask = tiny("bert", "SequenceClassification"), torch.tensor([[1, 1, 0], [1, 1, 1]])
+    own, other = torch.randn(2, 3), torch.randn(2, 3)
+    found = of_outputs(model, ModelOutput(logits=own), ModelOutput(logits=other), mask)
+    p, q = (other / 2).softmax(-1), (own / 2).softmax(-1)
+    assert found.item() == pytest.approx(4 * float((p * (p / q).log()).sum()) / 2, rel=1e-5)
+    # one distribution a token: padding does not count
+    own, other = torch.randn(2, 3, 5), torch.randn(2, 3, 5)
+    p, q = (other / 2).softmax(-1)[mask.bool()], (own / 2).softmax(-1)[mask.bool()]
+    found = of_outputs(model, ModelOutput(logits=own), ModelOutput(logits=other), mask)
+    assert found.item() == pytest.approx(4 * float((p * (p / q).log()).sum()) / 5, rel=1e-5)
+    # answers: over the real tokens of each example, mean of start and end
+    spans = [ModelOutput(start_logits=torch.randn(2, 3), end_logits=torch.randn(2, 3)) for _ in range(2)]
+    total = 0.0
+    for name in ("start_logits", "end_logits"):
+        for row in range(2):
+            real = int(mask[row].sum())
+            p, q = ((spans[i][name][row, :real] / 2).softmax(-1) for i in (1, 0))
+            total += 4 * float((p * (p / q).log()).sum()) / 2 / 2
+    assert of_outputs(model, *spans, mask).item() == pytest.approx(total, rel=1e-5)
+    one = tiny("bert", "SequenceClassification", num_labels=1)
+    own, other = torch.randn(2, 1), torch.randn(2, 1)
+    found = of_outputs(one, ModelOutput(logits=own), ModelOutput(logits=other), mask)
+    assert found.item() == pytest.approx(float((own - other).square().mean()), rel=1e-5)
+
+
+def test_the_distance_of_layers_is_relative_for_every_token():
+    mask = torch.tensor([[1, 1, 0], [1, 1, 1]])
+    own, other = ([torch.randn(2, 3, 4) for _ in range(3)] for _ in range(2))
+    total = 0.0
+    for here, there in zip(own[1:], other[1:], strict=True):  # the embeddings do not count
+        for row, column in ((0, 0), (0, 1), (1, 0), (1, 1), (1, 2)):
+            a, b = here[row, column], there[row, column]
+            total += float((a - b).square().sum() / b.square().sum()) / 5 / 2
+    found = of_layers(ModelOutput(hidden_states=own), ModelOutput(hidden_states=other), mask)
+    assert found.item() == pytest.approx(total, rel=1e-5)
+    assert of_layers(ModelOutput(hidden_states=own), ModelOutput(hidden_states=other[:2]), mask).item() == 0
+
+
+def test_the_loss_is_shared_between_labels_and_teacher(tmp_path: Path):
+    model, teacher = tiny("bert", "SequenceClassification"), tiny("bert", "SequenceClassification", seed=5)
+    args = TrainingArguments(str(tmp_path), **QUIET)
+    rows = examples(_read(model, labelled(4)))
+    trainer = PruningTrainer(model, args, rows, None, pad_id=1, masks=None, teacher=teacher, distill=0.25, layers=3.0)
+    batch = Collator(1, False)(rows)
+    pair = [each(**batch, output_hidden_states=True) for each in (model, teacher)]
+    wanted = of_outputs(model, *pair, batch["attention_mask"]) + 3 * of_layers(*pair, batch["attention_mask"])
+    model.train()
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+    found = trainer.compute_loss(model, batch)
+    assert found.item() == pytest.approx((0.75 * model(**batch).loss + 0.25 * wanted).item(), rel=1e-4)
+    model.eval()
+    assert trainer.compute_loss(model, batch).item() == pytest.approx(model(**batch).loss.item(), rel=1e-6)
+
+
+def test_examples_have_no_padding_and_the_collator_puts_it_back():
+    read = _read(tiny("gpt2"), batches((7, 4, 6), batch_size=3))
+    rows = examples(read)
+    assert [len(row["input_ids"]) for row in rows] == [7, 4, 6]
+    batch = Collator(1, True)(rows)
+    assert torch.equal(batch["input_ids"], batches((7, 4, 6), batch_size=3)[0]["input_ids"])
+    assert torch.equal(batch["labels"] == -100, batch["attention_mask"] == 0)
+    assert metrics_of(tiny("gpt2")) == ()
+
+
+def test_scores_are_those_of_the_task():
+    class Prediction:
+        def __init__(self, predictions: Any, label_ids: Any) -> None:
+            self.predictions, self.label_ids = predictions, label_ids
+
+    logits = torch.tensor([[2.0, 1.0, 0.0], [0.0, 1.0, 0.0]]).numpy()
+    model = tiny("bert", "SequenceClassification")
+    assert scores(model, Prediction(logits, torch.tensor([0, 2]).numpy())) == {"accuracy": 0.5}
+    flags = torch.tensor([[1.0, 1.0, 0.0], [0.0, 0.0, 0.0]]).numpy()
+    assert scores(model, Prediction(logits, flags)) == {"accuracy": pytest.approx(5 / 6)}
+    spans = (logits, logits), (torch.tensor([0, 1]).numpy(), torch.tensor([[0], [2]]).numpy())
+    assert scores(tiny("bert", "QuestionAnswering"), Prediction(*spans)) == {"exact_match": 0.5}
+    tokens = torch.tensor([[[2.0, 1.0], [0.0, 1.0]]]).numpy()
+    assert scores(tiny("bert", "TokenClassification"), Prediction(tokens, torch.tensor([[0, -100]]).numpy())) == {"accuracy": 1.0}
+
+
+def test_mixed_precision_leaves_the_forward_as_it_was():
+    model = tiny("bert", "SequenceClassification")
+    pruner_for("movement", model).prune(labelled(), training_args={**QUIET, "bf16": True, "use_cpu": True})
+    assert "forward" not in model.__dict__
+    assert model.dtype == torch.float32
