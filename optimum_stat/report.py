@@ -27,11 +27,13 @@ class GroupReport:
     error: float
     """The predicted error at this size, as a share of the error of removing the whole group (0 if nothing was removed). In
     several shots, that of the last one."""
+    note: str = ""
+    """Why dropping one unit changes others too; empty where it does not."""
 
     @classmethod
     def of(cls, group: Group, curve: Tensor, kept: int) -> GroupReport:
         """curve: the error for every number of units kept, [units + 1]."""
-        return cls(group.name, group.units, kept, float(curve[kept] / curve[0]) if curve[0] else 0.0)
+        return cls(group.name, group.units, kept, float(curve[kept] / curve[0]) if curve[0] else 0.0, group.inexact)
 
 
 @dataclass(frozen=True)
@@ -94,6 +96,12 @@ class PruningReport:
         for group in self.groups:
             share = group.kept / group.units
             lines.append(f"{group.name:<14}{group.units:>8}{group.kept:>8}{share:>8.0%}{group.error:>9.2%}")
+        notes = {
+            f"{group.name.partition('.')[2]}: {group.note}": None
+            for group in self.groups
+            if group.note and group.kept < group.units
+        }
+        lines += [f"not exact for {note}" for note in notes]
         if self.latency is not None:
             own = self.latency
             lines.append(

@@ -114,9 +114,8 @@ def set_count(module: nn.Module, name: str, value: int) -> None:
         setattr(module, name, value)
         return
     config = getattr(module, owner)
-    if getattr(config, inner) != value:
-        beneath = config.__dict__["_config"] if isinstance(config, ConfigView) else config
-        setattr(module, owner, ConfigView(beneath, {inner: value}))
+    beneath = config.__dict__["_config"] if isinstance(config, ConfigView) else config
+    setattr(module, owner, ConfigView(beneath, {inner: value}))
 
 
 def kept_heads(group: Group) -> list[int]:

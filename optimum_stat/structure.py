@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from .families import Group, family_of, find_groups, head_dim
-from .slicing import keep_heads, kept_heads, slice_group
+from .slicing import keep_heads, kept_heads, set_count, slice_group
 
 KEY = "stat_pruning"
 FORMAT = 1
@@ -48,6 +48,7 @@ def write_record(model: nn.Module) -> None:
         config.head_dim = head_dim(config)  # else it would divide the hidden size by each layer's number of heads
         layers = zip(*(record[name] for name in SIZES), strict=True)
         config.per_layer_config = {i: dict(zip(names, layer, strict=True)) for i, layer in enumerate(layers)}
+        _give_own_configs(find_groups(model))
 
 
 def replay(model: nn.Module) -> None:
@@ -77,6 +78,7 @@ def replay(model: nn.Module) -> None:
     for group, size in zip(by_structure["neurons"], record["neurons"], strict=True):
         _cut(group, size)
     _check_heads(find_groups(model), record)
+    _give_own_configs(find_groups(model))
 
 
 def install() -> None:
@@ -123,6 +125,14 @@ def _cut(group: Group, size: int) -> None:
             f"lie between 1 and {group.units}. Was config.json edited, or is it another model's?"
         )
     slice_group(group, torch.arange(size, device="cpu"))
+
+
+def _give_own_configs(groups: list[Group]) -> None:
+    """To modules that read theirs at run time, also where nothing went: with sizes layer by layer a read of it is a warning."""
+    for group in groups:
+        for module, name, per_unit in group.counts:
+            if "." in name:
+                set_count(module, name, per_unit * group.units)
 
 
 def _check_kept_heads(model: nn.Module, groups: list[Group], record: dict[str, Any]) -> None:

@@ -25,7 +25,7 @@ LAYERS = (
     {"card", "report", "remote_code", "checkpoint"},
     {"pruner"},
     {"methods"},
-    {"commands", "command_base", "command_data", "command_options", "comparison", "evaluation", "squad"},
+    {"commands", "command_base", "command_data", "command_options", "comparison", "dry_run", "evaluation", "squad"},
 )
 """From the bottom up: a file imports from its own layer or from one below it; the lowest imports nothing of ours."""
 FREE = {"__init__", "_wheel"}  # the lazy door to everything, and the one file that installation puts elsewhere
