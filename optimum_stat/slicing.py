@@ -102,7 +102,7 @@ class ConfigView:
         self.__dict__.update(_config=config, **values)
 
     def __getattr__(self, name: str) -> Any:
-        if name.startswith("__") or name == "_config":  # while it is copied or unpickled
+        if name.startswith("__") or name == "_config":  # while it is copied or read back
             raise AttributeError(name)
         return getattr(self.__dict__["_config"], name)
 
