@@ -9,7 +9,7 @@ from itertools import pairwise
 import numpy as np
 from torch import Tensor, nn
 
-from .families import Group, find_blocks, find_groups, is_causal, sliding_window, weight
+from .families import Group, Producer, find_blocks, find_groups, is_causal, sliding_window, weight
 
 
 @dataclass(frozen=True)
@@ -29,33 +29,43 @@ class Ranking:
 def unit_cost(model: nn.Module, group: Group, budget: str, seq_len: int) -> int:
     """What one unit of `group` costs.
 
-    "params": its rows of the producers with their biases, its columns of the consumer.
-    "macs": multiply-adds for one example of `seq_len` tokens: the same matrices once per token, and for heads the two
+    "params": its rows of the producers with their biases, its columns of the consumer, its share of other parameters.
+    "macs": multiply-adds for one example of `seq_len` tokens: the same matrices once per token (those that read relative
+    positions too) and application of the block, and for heads the two
     attention products, `2 * context * head_dim` per query head and token, where `context` is the mean number of tokens
     that a token attends to (`seq_len`; `(seq_len + 1) / 2` under a causal mask; fewer in a sliding window).
     Norms, softmax and biases are not counted as MACs. Source: Kwon et al. 2022 (their released code), for encoders.
     """
-    matrices = sum(weight(p.linear).numel() for p in group.producers) + weight(group.consumer).numel()
+    matrices = sum(_rows(p) * weight(p.linear).shape[1] for p in group.producers) + weight(group.consumer).numel()
     if budget == "params":
-        biases = sum(p.linear.bias.numel() for p in group.producers if isinstance(p.linear.bias, Tensor))
-        return (matrices + biases) // group.units
+        biases = sum(_rows(p) for p in group.producers if isinstance(p.linear.bias, Tensor))
+        vectors = sum(getattr(module, name).numel() for module, name in group.vectors)
+        return (matrices + biases + vectors) // group.units
     attended = attended_pairs(model, group.block, seq_len) if group.structure == "heads" else 0
-    return matrices // group.units * seq_len + 2 * group.width * attended
+    return group.applications * (matrices // group.units * seq_len + 2 * group.width * attended)
+
+
+def _rows(producer: Producer) -> int:
+    """Output rows that belong to units."""
+    return int(weight(producer.linear).shape[0]) - producer.fixed
 
 
 def attended_pairs(model: nn.Module, block: int, seq_len: int) -> int:
     """Pairs (token, token it attends to) in one example of `seq_len` tokens."""
-    window = min(sliding_window(model.config, block) or seq_len, seq_len)
-    if not is_causal(model):
-        return seq_len * window
-    return window * (window + 1) // 2 + (seq_len - window) * window
+    limit, causal = sliding_window(model.config, block), is_causal(model)
+    # a window that looks both ways counts the tokens on each side of the one in the middle
+    window = min(seq_len if limit is None else limit if causal else limit + 1, seq_len)
+    back = window * (window + 1) // 2 + (seq_len - window) * window
+    return back if causal else 2 * back - seq_len
 
 
 def model_cost(model: nn.Module, budget: str, seq_len: int) -> int:
-    """What all transformer blocks cost: every unit, and for "params" also norms, consumers' biases and the like."""
+    """What all transformer blocks cost: every unit, and what belongs to none: for "params" also norms, biases and the like."""
     if budget == "params":
         return sum(parameter.numel() for parameter in find_blocks(model).parameters())
-    return sum(unit_cost(model, group, budget, seq_len) * group.units for group in find_groups(model))
+    groups = find_groups(model)
+    fixed = sum(p.fixed * weight(p.linear).shape[1] * g.applications * seq_len for g in groups for p in g.producers)
+    return fixed + sum(unit_cost(model, group, budget, seq_len) * group.units for group in groups)
 
 
 @dataclass(frozen=True)

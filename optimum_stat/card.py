@@ -63,6 +63,7 @@ def render(recipe: dict[str, Any], repo_id: str, paper: Paper) -> str:
         grouped=recipe["record"]["heads"] != recipe["record"]["key_value_heads"],
         zeros=report.get("counts") == "weights",
         training=report.get("training"),
+        notes=_notes(report["groups"]),
         config_json=json.dumps(recipe["config"]),
         asks=_asks(recipe["config"]),
     )
@@ -104,6 +105,16 @@ def _auto_class(architecture: str) -> str:
         if architecture.endswith(head):
             return f"AutoModelFor{heads.get(head, head)}"
     return "AutoModel"
+
+
+def _notes(groups: list[dict[str, Any]]) -> list[str]:
+    """Where dropping a unit changed others too, and why. Recipes of old have no notes."""
+    found = {
+        f"{each['name'].partition('.')[2]}: {each['note']}"
+        for each in groups
+        if each.get("note") and each["kept"] < each["units"]
+    }
+    return sorted(found)
 
 
 def _layers(groups: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -69,17 +69,24 @@ class InspectCommand(Command):
     @staticmethod
     def parse_args(parser: Any) -> None:
         """Declare the options."""
-        parser.description = "Show what is left of each block of a pruned model. Reads config.json, no weights."
-        parser.add_argument("model", metavar="MODEL", help="a pruned model on the Hub, or a folder")
+        parser.description = (
+            "Show what is left of each block of a pruned model or, with --dry-run, what could be pruned in any model. Reads "
+            "config.json, no weights."
+        )
+        parser.add_argument("model", metavar="MODEL", help="a model on the Hub, or a folder")
+        parser.add_argument(
+            "--dry-run", action="store_true", help="the groups, what a unit of each costs, and how small the model can get"
+        )
         parser.add_argument("--revision", help="branch, tag or commit of the model's repo")
         command_options.add_output_options(parser)
 
     def work(self) -> Result:
         """Build both models without weights and compare their sizes."""
         check_model(self.args.model)
-        from . import comparison
+        from . import comparison, dry_run
 
-        found = comparison.sizes(self.args.model, self.args.revision)
+        look = dry_run.dry_run if self.args.dry_run else comparison.sizes
+        found: Any = look(self.args.model, self.args.revision)
         return str(found), found.to_dict()
 
 
@@ -115,7 +122,7 @@ class StatCommand(BaseOptimumCLICommand):
         CommandInfo(name="prune", help="Prune a model.", subcommand_class=PruneCommand),
         CommandInfo(name="sweep", help="Prune a model to several sizes.", subcommand_class=SweepCommand),
         CommandInfo(name="evaluate", help="Measure a pruned model beside its dense one.", subcommand_class=EvaluateCommand),
-        CommandInfo(name="inspect", help="Show what is left of each block.", subcommand_class=InspectCommand),
+        CommandInfo(name="inspect", help="Show what is left of each block, or could be.", subcommand_class=InspectCommand),
         CommandInfo(name="autoload", help="Load pruned models in every program.", subcommand_class=AutoloadCommand),
     )
 

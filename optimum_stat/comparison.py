@@ -179,7 +179,9 @@ def sizes(model: str, revision: str | None = None) -> Sizes:
     """The record of a pruned model, beside the sizes it had. Builds both on the meta device; reads no weights."""
     config = AutoConfig.from_pretrained(model, revision=revision)
     if getattr(config, KEY, None) is None:
-        raise ValueError(f"config.json of {model} has no {KEY}: it was not pruned by optimum-stat.")
+        raise ValueError(
+            f"config.json of {model} has no {KEY}: it was not pruned by optimum-stat. --dry-run shows what could be."
+        )
     before: Any = copy.deepcopy(config)
     setattr(before, KEY, None)
     if getattr(before, PER_LAYER, None):

@@ -19,7 +19,7 @@ from transformers.utils.logging import tqdm
 from .budget import model_cost
 from .config import PruningConfig
 from .data import SEQ_LEN, Batches, make_batches
-from .families import FAMILIES, task_of
+from .families import find_groups, task_of
 from .labels import COLUMNS as LABEL_COLUMNS
 from .labels import class_ids
 from .latency import median_time
@@ -74,8 +74,16 @@ def measure(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, d
         inputs = _to(example, model)
         seconds = median_time(lambda: model(**inputs), device_of(model)) / 1e9
     parameters, length = sum(parameter.numel() for parameter in model.parameters()), example["input_ids"].shape[1]
-    macs = model_cost(model, "macs", length) if model.config.model_type in FAMILIES else None
+    macs = _macs(model, length)
     return Measured(task, metrics, parameters, macs, seconds, length, embeddings)
+
+
+def _macs(model: PreTrainedModel, num_tokens: int) -> int | None:
+    try:
+        find_groups(model)
+    except ValueError:
+        return None
+    return model_cost(model, "macs", num_tokens)
 
 
 def perplexity(model: Any, batches: Batches) -> float:

@@ -1,118 +1,62 @@
-"""Where each transformer family keeps its heads and neurons. The only file that knows model names.
+"""What can be pruned in a transformer: groups of heads and of neurons, found by the names and shapes of its modules.
 
-To add a family, add one entry to `FAMILIES`: paths relative to one block, and the integers to rewrite when it shrinks.
+The names stand in `family_table`, `anatomy` finds the modules.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-
-@dataclass(frozen=True)
-class Family:
-    """Paths, relative to one block, of the linears that make and use heads and neurons."""
-
-    blocks: str  # the list of blocks, relative to the base model
-    qkv: tuple[str, ...]  # three linears, or one that holds all three one after the other
-    attention_out: str
-    up: tuple[str, ...]  # every linear that makes neurons: (up,) or (gate, up)
-    down: str
-    head_counts: tuple[str, ...] = ()  # integer attributes that hold the number of query heads ...
-    head_widths: tuple[str, ...] = ()  # ... or that number times the head's width
-    norms: tuple[str, str] | None = None
-    """What reads the residual stream before attention and before the MLP; None: their first linears do, the norms come after."""
-    causal: bool = False
-    per_layer_config: tuple[str, str, str] | None = None
-    """The config's names for (query heads, key/value heads, neurons), where transformers accepts them layer by layer."""
-
-
-_BERT = Family(
-    blocks="encoder.layer",
-    qkv=("attention.self.query", "attention.self.key", "attention.self.value"),
-    attention_out="attention.output.dense",
-    up=("intermediate.dense",),
-    down="output.dense",
-    head_counts=("attention.self.num_attention_heads",),
-    head_widths=("attention.self.all_head_size",),
+from .anatomy import Attention, Feed, at, attentions, feeds, inventory, inventory_of_model
+from .anatomy import weight as weight  # part of what this file offers
+from .family_table import (
+    EXPERTS,
+    HEAD_COUNTS,
+    HEAD_WIDTHS,
+    HEADS_PER_KEY_VALUE,
+    KEY_VALUE_COUNTS,
+    NORM_BEFORE_NEURONS,
+    NORMS_OVER_HEADS,
+    OF_POSITIONS,
+    PER_HEAD,
+    Family,
 )
-_LLAMA = Family(
-    blocks="layers",
-    qkv=("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
-    attention_out="self_attn.o_proj",
-    up=("mlp.gate_proj", "mlp.up_proj"),
-    down="mlp.down_proj",
-    norms=("input_layernorm", "post_attention_layernorm"),
-    causal=True,
-    per_layer_config=("num_attention_heads", "num_key_value_heads", "intermediate_size"),
-)
-FAMILIES: dict[str, Family] = {
-    "bert": _BERT,
-    "distilbert": Family(
-        blocks="transformer.layer",
-        qkv=("attention.q_lin", "attention.k_lin", "attention.v_lin"),
-        attention_out="attention.out_lin",
-        up=("ffn.lin1",),
-        down="ffn.lin2",
-        head_counts=("attention.n_heads",),
-        head_widths=("attention.dim",),
-    ),
-    "electra": _BERT,
-    "gpt2": Family(
-        blocks="h",
-        qkv=("attn.c_attn",),
-        attention_out="attn.c_proj",
-        up=("mlp.c_fc",),
-        down="mlp.c_proj",
-        head_counts=("attn.num_heads",),
-        head_widths=("attn.split_size",),
-        norms=("ln_1", "ln_2"),
-        causal=True,
-    ),
-    "llama": _LLAMA,
-    "mistral": _LLAMA,
-    "opt": replace(
-        _LLAMA,
-        blocks="decoder.layers",
-        attention_out="self_attn.out_proj",
-        up=("fc1",),
-        down="fc2",
-        head_counts=("self_attn.num_heads",),
-        norms=("self_attn_layer_norm", "final_layer_norm"),
-        per_layer_config=None,
-    ),
-    "qwen2": _LLAMA,
-    "qwen3": _LLAMA,
-    "roberta": _BERT,
-}
-TASK_OF_HEAD = {
-    "CausalLM": "text-generation",
-    "LMHeadModel": "text-generation",
-    "MaskedLM": "fill-mask",
-    "SequenceClassification": "text-classification",
-    "TokenClassification": "token-classification",
-    "QuestionAnswering": "question-answering",
-}
-"""What stands in the class name of a model with a head, and the Hub's name for what that head does."""
+from .family_table import FAMILIES as FAMILIES
+from .family_table import TASK_OF_HEAD as TASK_OF_HEAD
 
 
 @dataclass(frozen=True, eq=False)
 class Producer:
-    """A linear whose output rows are `parts` stacked runs (3 for a fused query, key, value), each ordered by unit."""
+    """A linear whose output rows are stacked runs, each ordered by unit, with an equal share for each unit."""
 
     linear: nn.Module
-    parts: int = 1
+    runs: tuple[int, ...] = (1,)
+    """Relative sizes of the runs: (2, 1, 1) for a fused query, key, value with two query heads to a key/value head."""
+    fixed: int = 0
+    """So many last rows belong to no unit and stay."""
+    tokens_only: bool = True
+    """Whether all it ever reads is tokens; not, if it reads relative positions too."""
+
+    def rows(self, units: int) -> Tensor:
+        """The output rows of each unit, run after run: [units, rows of one unit]."""
+        share, start, runs = (weight(self.linear).shape[0] - self.fixed) // (units * sum(self.runs)), 0, []
+        for run in self.runs:
+            stop = start + units * run * share
+            runs.append(torch.arange(start, stop, device="cpu").view(units, -1))
+            start = stop
+        return torch.cat(runs, dim=1)
 
 
 @dataclass(frozen=True, eq=False)
 class Group:
     """Units that are kept or dropped together: rows of every producer, columns of the one consumer.
 
-    For heads, a unit is one key/value head with all query heads that read it; for neurons, one hidden unit.
+    For heads, a unit is one key/value head with all query heads that read it, or, where the dense model has one key/value
+    head for all, one query head; for neurons, one hidden unit.
     """
 
     name: str  # "3.heads", "3.neurons"
@@ -125,55 +69,80 @@ class Group:
     """What reads the residual stream to which the consumer's output is added."""
     counts: tuple[tuple[nn.Module, str, int], ...] = ()  # (module, integer attribute, what one unit adds to it)
     query_heads: int = 1  # query heads in one unit
+    shares_key_value: bool = False  # one key/value head serves all units, and stays
+    vectors: tuple[tuple[nn.Module, str], ...] = ()  # (module, name) of parameters with an equal share for each unit
+    biased: tuple[nn.Module, tuple[str, ...]] | None = None
+    """(module, its arguments with a share for each of the dense model's heads): it has to know which ones it keeps."""
+    applications: int = 1  # how often a forward pass runs the block
+    inexact: str = ""
+    """Why dropping a unit changes others too; empty where it does not."""
 
     @property
     def width(self) -> int:
         """Consumer columns per unit."""
         return int(weight(self.consumer).shape[1]) // self.units
 
+    @property
+    def key_value_heads(self) -> int:
+        """Of a group of heads."""
+        return 1 if self.shares_key_value else self.units
+
 
 def find_groups(model: Any) -> list[Group]:
     """Everything in `model` that can be pruned, in the order of the forward pass.
 
     Raises:
-        ValueError: the family is not known, or the model is not built the way the family's entry says.
+        ValueError: the model is not built of parts with known names; says what was found and what was not.
     """
     return [group for index, block in enumerate(find_blocks(model)) for group in groups_of_block(model, index, block)]
 
 
 def groups_of_block(model: Any, index: int, block: nn.Module) -> list[Group]:
     """Heads and neurons of one block, which is block `index` of `model` or a copy of it."""
-    family = family_of(model)
-    if not getattr(model.config, "do_layer_norm_before", True):
-        family = replace(family, norms=None)
-    return [_heads(family, index, block, head_dim(model.config)), _neurons(family, index, block)]
+    heads, neurons = list(attentions(block)), list(feeds(block))
+    if len(heads) != 1 or len(neurons) != 1 or any(name.endswith(EXPERTS) for name, _ in block.named_modules()):
+        raise _unknown(model, inventory(block))
+    return [_heads(model, index, heads[0]), _neurons(model, index, block, neurons[0], heads[0].norm)]
 
 
 def find_blocks(model: Any) -> nn.ModuleList:
-    """The transformer blocks of `model`, whatever head sits on top."""
-    family = family_of(model)
-    base = getattr(model, "base_model", model)
-    try:
-        blocks = base.get_submodule(family.blocks)
-        assert isinstance(blocks, nn.ModuleList)
-        return blocks
-    except AttributeError:
-        raise ValueError(
-            f"{type(model).__name__} has no blocks at {family.blocks!r}, where {model.config.model_type!r} models keep "
-            f"them; it has {', '.join(name for name, _ in base.named_children())}."
-        ) from None
+    """The transformer blocks of `model`, whatever head sits on top. One that runs several times stands here once."""
+    refused = family_of(model).refused
+    if refused and getattr(model.config, refused[0], None):
+        raise _unknown(model, f"config.{refused[0]} is set, and {refused[1]}")
+    found: dict[str, nn.ModuleList] = {}
+    for name, module in getattr(model, "base_model", model).named_modules():
+        inner = any(name.startswith(f"{outer}.") for outer in found)
+        if not inner and isinstance(module, nn.ModuleList) and len(module) and any(attentions(module[0])):
+            found[name] = module
+    if len(found) != 1:
+        names = ", ".join(f"{name!r}" for name in found)
+        what = f"blocks with attention stand at {names}, and only models with one list of them are supported"
+        raise _unknown(model, what if found else inventory_of_model(getattr(model, "base_model", model)))
+    return next(iter(found.values()))
 
 
 def family_of(model: Any) -> Family:
-    """The family's entry, found by `config.model_type`."""
-    config = getattr(model, "config", None)
-    kind = getattr(config, "model_type", None)
-    if kind not in FAMILIES:
+    """What is known about the model's family beyond names and shapes: nothing, for one that nobody listed."""
+    kind = getattr(getattr(model, "config", None), "model_type", None)
+    if not isinstance(kind, str):
         raise ValueError(
-            f"optimum-stat cannot prune {kind!r} models ({type(model).__name__}) yet; it knows {', '.join(FAMILIES)}. "
-            f"If the model is built like one of these, add an entry to FAMILIES in {__name__}."
+            f"optimum-stat cannot prune {kind!r} models ({type(model).__name__}): it has no config with a model_type."
         )
-    return FAMILIES[kind]
+    return FAMILIES.get(kind, Family())
+
+
+def applications_of(model: Any) -> int:
+    """How often a forward pass runs each block, one application after the other: more than once where layers share one."""
+    blocks = getattr(model.config, "num_hidden_groups", None)
+    if blocks is None:
+        return 1
+    layers = model.config.num_hidden_layers
+    if getattr(model.config, "inner_group_num", 1) != 1 or layers % blocks:
+        raise _unknown(
+            model, "its layers share several blocks in turn, and only blocks that run one after the other are supported"
+        )
+    return int(layers // blocks)
 
 
 def task_of(model: Any) -> str:
@@ -188,11 +157,14 @@ def task_of_class(name: str) -> str:
 
 def is_causal(model: Any) -> bool:
     """Whether tokens see only what stands before them."""
-    return family_of(model).causal or bool(getattr(model.config, "is_decoder", False))
+    known = family_of(model).causal
+    if known is None:
+        known = bool(getattr(next(attentions(find_blocks(model)[0])).module, "is_causal", False))
+    return known or bool(getattr(model.config, "is_decoder", False))
 
 
 def sliding_window(config: Any, block: int) -> int | None:
-    """How many tokens back the attention of one block sees at most; None if there is no limit."""
+    """How many tokens the attention of one block sees at most, back from each with itself; None if there is no limit."""
     types = getattr(config, "layer_types", None)
     local = types[block] == "sliding_attention" if types else getattr(config, "use_sliding_window", True)
     return getattr(config, "sliding_window", None) if local else None
@@ -203,35 +175,91 @@ def head_dim(config: Any) -> int:
     return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
 
 
-def weight(linear: nn.Module) -> Tensor:
-    """[out, in] view of a linear's weight; GPT-2's Conv1D stores it transposed."""
-    value = linear.weight
-    assert isinstance(value, Tensor)
-    return value if isinstance(linear, nn.Linear) else value.T
+def _heads(model: Any, index: int, found: Attention) -> Group:
+    family, config, linears = family_of(model), model.config, found.linears
+    width, of_queries = head_dim(config), weight(found.out).shape[1]
+    rows = (sum(weight(each).shape[0] for each in linears) - of_queries) // 2  # of all keys, or all values
+    one_for_all = rows == width and _one_key_value_head(config)
+    units = of_queries // width if one_for_all else rows // width
+    queries = of_queries // width // units
+    fixed = 2 * width if one_for_all else 0
+    positions = [linear for name in OF_POSITIONS if (linear := at(found.module, name)) is not None]
+    if len(linears) == 1:
+        if not family.fused:
+            raise _unknown(model, "its query, key and value come from one linear, and no entry says how its rows are ordered")
+        runs = (1,) if one_for_all or family.fused == "by head" else (queries, 1, 1)
+        producers = [Producer(linears[0], runs, fixed)]
+    else:
+        shared = bool(getattr(found.module, "share_att_key", False))
+        stays = [0, fixed // 2, fixed // 2]
+        producers = [
+            Producer(linear, fixed=rows, tokens_only=not shared or linear is linears[2])
+            for linear, rows in zip(linears, stays, strict=True)
+        ]
+    vectors, over_heads = _vectors(found.module, width, one_for_all)
+    return Group(
+        name=f"{index}.heads",
+        block=index,
+        structure="heads",
+        producers=(*(Producer(linear, tokens_only=False) for linear in positions), *producers),
+        consumer=found.out,
+        units=units,
+        stream=found.norm if found.norm is not None and _norm_first(config) else linears[-1],  # of tokens alone
+        counts=_counts(family, found, units, queries, width, one_for_all),
+        query_heads=queries,
+        shares_key_value=one_for_all,
+        vectors=vectors,
+        biased=(found.module, family.bias_by_head) if family.bias_by_head and getattr(config, "alibi", True) else None,
+        applications=applications_of(model),
+        inexact=over_heads,
+    )
 
 
-def _heads(family: Family, index: int, block: nn.Module, head_width: int) -> Group:
-    linears = [block.get_submodule(path) for path in family.qkv]
-    parts = 3 if len(linears) == 1 else 1
-    consumer = block.get_submodule(family.attention_out)
-    units = weight(linears[-1]).shape[0] // head_width // parts  # the value's rows tell the number of key/value heads
-    query_heads = weight(consumer).shape[1] // head_width // units
-    counts = _counts(block, family.head_counts, query_heads) + _counts(block, family.head_widths, query_heads * head_width)
-    producers = tuple(Producer(linear, parts) for linear in linears)
-    stream = block.get_submodule(family.norms[0]) if family.norms else linears[0]
-    return Group(f"{index}.heads", index, "heads", producers, consumer, units, stream, counts, query_heads)
+def _neurons(model: Any, index: int, block: nn.Module, found: Feed, norm: nn.Module | None) -> Group:
+    units, stream = weight(found.down).shape[1], found.up[0]
+    if norm is not None and _norm_first(model.config):  # without one of its own, it reads what attention reads
+        stream = next((own for name in NORM_BEFORE_NEURONS if (own := at(block, name)) is not None), norm)
+    producers = tuple(Producer(linear, (1,) * (weight(linear).shape[0] // units)) for linear in found.up)
+    return Group(f"{index}.neurons", index, "neurons", producers, found.down, units, stream, applications=applications_of(model))
 
 
-def _neurons(family: Family, index: int, block: nn.Module) -> Group:
-    consumer = block.get_submodule(family.down)
-    producers = tuple(Producer(block.get_submodule(path)) for path in family.up)
-    stream = block.get_submodule(family.norms[1]) if family.norms else producers[0].linear
-    return Group(f"{index}.neurons", index, "neurons", producers, consumer, weight(consumer).shape[1], stream)
+def _counts(
+    family: Family, found: Attention, units: int, queries: int, width: int, one_for_all: bool
+) -> tuple[tuple[nn.Module, str, int], ...]:
+    """The integers that say how many heads there are, wherever they stand, if they say it now."""
+    wanted = [(name, queries * units, queries) for name in HEAD_COUNTS]
+    wanted += [(name, width * queries * units, width * queries) for name in HEAD_WIDTHS]
+    wanted += [(HEADS_PER_KEY_VALUE, units, 1)] if one_for_all else [(name, units, 1) for name in KEY_VALUE_COUNTS]
+    counts = [
+        (module, name, per_unit)
+        for module in (*found.around, found.module)
+        for name, now, per_unit in wanted
+        if type(getattr(module, name, None)) is int and getattr(module, name) == now
+    ]
+    return (*counts, *((found.module, f"config.{name}", queries) for name in family.config_reads))
 
 
-def _counts(block: nn.Module, paths: Sequence[str], per_unit: int) -> tuple[tuple[nn.Module, str, int], ...]:
-    split = [path.rpartition(".") for path in paths]
-    return tuple((block.get_submodule(parent), name, per_unit) for parent, _, name in split)
+def _vectors(attention: nn.Module, width: int, one_for_all: bool) -> tuple[tuple[tuple[nn.Module, str], ...], str]:
+    """(parameters with a share for each unit, why slicing them is not exact)."""
+    found, inexact = list[tuple[nn.Module, str]](), ""
+    for path in PER_HEAD[:1] + PER_HEAD[2:3] if one_for_all else PER_HEAD:
+        module = at(attention, path.rpartition(".")[0])
+        value = getattr(module, path.rpartition(".")[2], None)
+        if module is not None and isinstance(value, Tensor) and (value.dim() > 1 or len(value) != width):
+            found.append((module, path.rpartition(".")[2]))
+            if path in NORMS_OVER_HEADS and value.dim() == 1:
+                inexact = "queries and keys are divided by the root mean square of all heads, which changes with each that goes"
+    return tuple(found), inexact
+
+
+def _one_key_value_head(config: Any) -> bool:
+    if getattr(config, "multi_query", False):
+        return not getattr(config, "new_decoder_architecture", False)
+    return getattr(config, "num_key_value_heads", None) == 1 and config.num_attention_heads > 1
+
+
+def _norm_first(config: Any) -> bool:
+    return bool(getattr(config, "do_layer_norm_before", True))
 
 
 def check_finite(model: nn.Module) -> None:
@@ -239,3 +267,11 @@ def check_finite(model: nn.Module) -> None:
     for name, parameter in model.named_parameters():
         if parameter.device.type != "meta" and not torch.isfinite(parameter).all():
             raise ValueError(f"{name} holds NaN or infinite values; a model with broken weights cannot be pruned.")
+
+
+def _unknown(model: Any, why: str) -> ValueError:
+    kind = model.config.model_type
+    return ValueError(
+        f"optimum-stat cannot prune {kind!r} models ({type(model).__name__}): {why}. It knows {', '.join(FAMILIES)}, and models "
+        f"whose parts have the same names; how to add others stands in {Family.__module__}."
+    )

@@ -154,8 +154,8 @@ def measure_table(model: Any, round_to: int, batch_size: int, seq_len: int) -> L
     for index, block in enumerate(tqdm(blocks, desc="Timing", unit="block")):
         kind = _kind(model, index, block)
         if kind not in known:
-            args, kwargs = calls[index]
-            share = median_ratio(lambda: block(*args, **kwargs), lambda: model(**inputs), device)  # noqa: B023
+            args, kwargs = calls[index][0]
+            share = len(calls[index]) * median_ratio(lambda: block(*args, **kwargs), lambda: model(**inputs), device)  # noqa: B023
             known[kind] = _time_sizes(model, index, lambda b: b(*args, **kwargs), round_to, round(share * total))  # noqa: B023
         for structure, (own_sizes, own_times) in known[kind].items():
             sizes[f"{index}.{structure}"], times[f"{index}.{structure}"] = own_sizes, own_times

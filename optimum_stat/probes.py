@@ -161,7 +161,7 @@ def sensitivities(
 
     def add(group: Group, z: Tensor, gradient: Tensor) -> None:
         units = (z * gradient).view(*mask.shape, group.units, group.width).double().sum((1, 3))
-        masks[group.name].append(units.cpu())
+        masks[group.name][-1] = masks[group.name][-1] + units.cpu()  # a shared block runs more than once
 
     def add_output(group: Group, gradient: Tensor) -> None:
         output_sums[group.name] += real_rows(gradient, mask).double().square().sum(0).cpu()
@@ -174,6 +174,8 @@ def sensitivities(
         for inputs, labels in tqdm(small_parts(batches), desc="Gradients", unit="batch"):
             inputs = {name: value.to(device_of(model)) for name, value in inputs.items()}
             mask = inputs["attention_mask"]
+            for group in groups:
+                masks[group.name].append(torch.zeros(len(mask), group.units, dtype=torch.float64))
             output = model(**inputs)
             if from_labels:
                 torch.autograd.backward(*loss_gradients(model, output, inputs, labels))

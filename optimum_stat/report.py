@@ -35,11 +35,14 @@ class GroupReport:
     several shots, that of the last one."""
     expected: float
     """The predicted increase of the loss, see `Pruner.nats`; that of all shots together."""
+    note: str = ""
+    """Why dropping one unit changes others too; empty where it does not."""
 
     @classmethod
     def of(cls, group: Group, curve: Tensor, kept: int, nats: float) -> GroupReport:
         """curve: the error for every number of units kept, [units + 1]; nats: what an error of 1 stands for."""
-        return cls(group.name, group.units, kept, float(curve[kept] / curve[0]) if curve[0] else 0.0, nats * float(curve[kept]))
+        share = float(curve[kept] / curve[0]) if curve[0] else 0.0
+        return cls(group.name, group.units, kept, share, nats * float(curve[kept]), group.inexact)
 
 
 Lines = tuple[GroupReport, ...]
@@ -104,6 +107,12 @@ class PruningReport:
         for group in self.groups:
             share = group.kept / group.units
             lines.append(f"{group.name:<14}{group.units:>8}{group.kept:>8}{share:>8.0%}{group.error:>9.2%}")
+        notes = {
+            f"{group.name.partition('.')[2]}: {group.note}": None
+            for group in self.groups
+            if group.note and group.kept < group.units
+        }
+        lines += [f"not exact for {note}" for note in notes]
         if self.latency is not None:
             own = self.latency
             lines.append(

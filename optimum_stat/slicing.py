@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -34,16 +35,29 @@ def slice_group(group: Group, keep: Tensor) -> None:
     if len(keep) == 0 or int(keep.max()) >= group.units:
         raise ValueError(f"{group.name} has units 0 to {group.units - 1}; the plan keeps {keep.tolist()}.")
     for producer in group.producers:
-        _keep_outputs(producer.linear, producer_rows(group, producer, keep))
+        rows, out = producer_rows(group, producer, keep).cpu(), weight(producer.linear).shape[0]
+        if producer.fixed == out:
+            continue
+        _keep_outputs(producer.linear, torch.cat([rows, torch.arange(out - producer.fixed, out, device="cpu")]))
     _keep_inputs(group.consumer, consumer_columns(group, keep))
+    for module, name in group.vectors:
+        _keep_shares(module, name, group.units, keep)
     for module, name, per_unit in group.counts:
-        setattr(module, name, per_unit * len(keep))
+        set_count(module, name, per_unit * len(keep))
+    if group.biased is not None:
+        before = kept_heads(group)
+        heads = keep.cpu()[:, None] * group.query_heads + torch.arange(group.query_heads, device="cpu")
+        keep_heads(group, [before[head] for head in heads.flatten().tolist()])
 
 
 def producer_rows(group: Group, producer: Producer, keep: Tensor) -> Tensor:
-    """The output rows of `producer` that belong to the units `keep`."""
-    rows = torch.arange(weight(producer.linear).shape[0], device=keep.device)
-    return rows.view(producer.parts, group.units, -1)[:, keep].flatten()
+    """The output rows of `producer` that belong to the units `keep`, in the producer's order: run after run."""
+    own, start, parts = producer.rows(group.units).to(keep.device), 0, []
+    for run in producer.runs:
+        width = own.shape[1] * run // sum(producer.runs)
+        parts.append(own[keep, start : start + width].flatten())
+        start += width
+    return torch.cat(parts)
 
 
 def consumer_columns(group: Group, keep: Tensor) -> Tensor:
@@ -75,6 +89,68 @@ def set_weight(linear: nn.Module, value: Tensor) -> None:
         linear.nx, linear.nf = value.T.shape  # type: ignore[assignment]
 
 
+def _keep_shares(module: nn.Module, name: str, units: int, keep: Tensor) -> None:
+    value: nn.Parameter = getattr(module, name)
+    shares = value.view(units, -1, *value.shape[1:])[keep.to(value.device)]
+    setattr(module, name, nn.Parameter(shares.flatten(0, 1).clone(), value.requires_grad))
+
+
+class ConfigView:
+    """A model's config as one of its modules sees it: the same, but for a few values. It follows later changes of the config."""
+
+    def __init__(self, config: Any, values: Mapping[str, int]):
+        self.__dict__.update(_config=config, **values)
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__") or name == "_config":  # while it is copied or read back
+            raise AttributeError(name)
+        return getattr(self.__dict__["_config"], name)
+
+
+def set_count(module: nn.Module, name: str, value: int) -> None:
+    """Set an integer attribute of `module`; "config.x" gives it a view of its config with another x, for itself alone."""
+    owner, _, inner = name.rpartition(".")
+    if not owner:
+        setattr(module, name, value)
+        return
+    config = getattr(module, owner)
+    beneath = config.__dict__["_config"] if isinstance(config, ConfigView) else config
+    setattr(module, owner, ConfigView(beneath, {inner: value}))
+
+
+def kept_heads(group: Group) -> list[int]:
+    """Which of the dense model's query heads a group with a bias by head has."""
+    assert group.biased is not None
+    return list(getattr(group.biased[0], "kept_heads", range(group.units * group.query_heads)))
+
+
+def keep_heads(group: Group, heads: Sequence[int]) -> None:
+    """Have the attention read only the shares of `heads`, numbered as in the dense model, in what is made for all of them."""
+    assert group.biased is not None
+    module, names = group.biased
+    module.kept_heads = tuple(heads)  # type: ignore[assignment]
+    if not any(isinstance(hook, OwnHeads) for hook in module._forward_pre_hooks.values()):
+        module.register_forward_pre_hook(OwnHeads(names), with_kwargs=True)
+
+
+class OwnHeads:
+    """Forward pre-hook of an attention: takes its own heads' share of arguments made for all heads of the dense model."""
+
+    def __init__(self, names: tuple[str, ...]):
+        self.names = names
+
+    def __call__(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        """Select in those of [batch, heads, ...], or [batch * heads, 1, length]; one of [batch, 1, ...] is for all heads."""
+        kwargs, batch = dict(kwargs), args[0].shape[0]
+        for name in self.names:
+            value = kwargs.get(name)
+            if value is not None and value.dim() == 3:
+                kwargs[name] = value.unflatten(0, (batch, -1))[:, list(module.kept_heads)].flatten(0, 1)
+            elif value is not None and value.shape[1] > 1:
+                kwargs[name] = value[:, list(module.kept_heads)]
+        return args, kwargs
+
+
 @contextmanager
 def restored_on_error(model: nn.Module) -> Iterator[None]:
     """Put the parameters and sizes of all blocks back if the enclosed work fails or is interrupted.
@@ -82,12 +158,29 @@ def restored_on_error(model: nn.Module) -> Iterator[None]:
     Keeps the old weights alive until the end, so the peak holds the dense model beside the pruned one; what must not be
     changed in place is every parameter: replace it, as `set_weight` does.
     """
-    before = [(module, dict(module.__dict__), dict(module._parameters)) for module in find_blocks(model).modules()]
+    modules = dict.fromkeys(find_blocks(model).modules())
+    modules |= {module: None for group in find_groups(model) for module in _touched(group)}
+    before = [(module, dict(module.__dict__), [dict(module.__dict__[name]) for name in _CHANGED]) for module in modules]
     try:
         yield
     except BaseException:
-        for module, attributes, parameters in before:
+        for module, attributes, contents in before:
+            module.__dict__.clear()
             module.__dict__.update(attributes)
-            module._parameters.clear()
-            module._parameters.update(parameters)
+            for name, content in zip(_CHANGED, contents, strict=True):
+                attributes[name].clear()
+                attributes[name].update(content)
         raise
+
+
+_CHANGED = ("_parameters", "_forward_pre_hooks", "_forward_pre_hooks_with_kwargs")
+
+
+def _touched(group: Group) -> Iterator[nn.Module]:
+    """Everything that slicing a group changes."""
+    yield from (producer.linear for producer in group.producers)
+    yield group.consumer
+    yield from (module for module, _ in group.vectors)
+    yield from (module for module, _, _ in group.counts)
+    if group.biased is not None:
+        yield group.biased[0]

@@ -14,23 +14,26 @@ import torch
 from torch import nn
 
 from .families import Group, family_of, find_groups, head_dim
-from .slicing import slice_group
+from .slicing import keep_heads, kept_heads, set_count, slice_group
 
 KEY = "stat_pruning"
 FORMAT = 1
 SIZES = ("heads", "key_value_heads", "neurons")
+HEADS = "kept_heads"  # which ones, block by block: only where a bias that is made for all blocks has a share for each
 
 
 def describe(model: nn.Module) -> dict[str, Any]:
     """The record: a format number and, block by block, query heads, key/value heads and neurons."""
     sizes: dict[str, list[int]] = {name: [] for name in SIZES}
-    for group in find_groups(model):
+    groups = find_groups(model)
+    for group in groups:
         if group.structure == "heads":
             sizes["heads"].append(group.units * group.query_heads)
-            sizes["key_value_heads"].append(group.units)
+            sizes["key_value_heads"].append(group.key_value_heads)
         else:
             sizes["neurons"].append(group.units)
-    return {"format": FORMAT, **sizes}
+    biased = [kept_heads(group) for group in groups if group.biased is not None]
+    return {"format": FORMAT, **sizes, **({HEADS: biased} if biased else {})}
 
 
 def write_record(model: nn.Module) -> None:
@@ -45,6 +48,7 @@ def write_record(model: nn.Module) -> None:
         config.head_dim = head_dim(config)  # else it would divide the hidden size by each layer's number of heads
         layers = zip(*(record[name] for name in SIZES), strict=True)
         config.per_layer_config = {i: dict(zip(names, layer, strict=True)) for i, layer in enumerate(layers)}
+        _give_own_configs(find_groups(model))
 
 
 def replay(model: nn.Module) -> None:
@@ -54,20 +58,27 @@ def replay(model: nn.Module) -> None:
         ValueError: the record has another format, does not fit the model, or was edited into something impossible.
     """
     record = getattr(model.config, KEY, None)
-    if record is None or not _holds_blocks(model):
+    if record is None:
         return
     _check_form(record)
     groups = find_groups(model)
-    for structure, name in (("heads", "key_value_heads"), ("neurons", "neurons")):
-        own = [group for group in groups if group.structure == structure]
+    by_structure = {structure: [group for group in groups if group.structure == structure] for structure in ("heads", "neurons")}
+    for name in SIZES:
+        own = by_structure["neurons" if name == "neurons" else "heads"]
         if len(own) != len(record[name]):
             raise ValueError(
                 f"{KEY} in config.json records {name} for {len(record[name])} blocks, but the model has {len(own)}. "
                 "Was num_hidden_layers or the record edited?"
             )
-        for group, size in zip(own, record[name], strict=True):
-            _cut(group, size)
-    _check_query_heads(find_groups(model), record["heads"])
+    _check_kept_heads(model, by_structure["heads"], record)
+    for index, group in enumerate(by_structure["heads"]):
+        _cut(group, record["heads" if group.shares_key_value else "key_value_heads"][index])
+        if group.biased is not None:
+            keep_heads(group, record[HEADS][index])
+    for group, size in zip(by_structure["neurons"], record["neurons"], strict=True):
+        _cut(group, size)
+    _check_heads(find_groups(model), record)
+    _give_own_configs(find_groups(model))
 
 
 def install() -> None:
@@ -91,15 +102,6 @@ def install() -> None:
     PreTrainedModel.post_init = post_init
 
 
-def _holds_blocks(model: nn.Module) -> bool:
-    """False for parts of a model that are built on their own first, such as OPT's decoder."""
-    try:
-        getattr(model, "base_model", model).get_submodule(family_of(model).blocks)
-    except AttributeError:
-        return False
-    return True
-
-
 def _check_form(record: Any) -> None:
     if not isinstance(record, dict) or record.get("format") != FORMAT:
         found = record.get("format") if isinstance(record, dict) else record
@@ -107,7 +109,7 @@ def _check_form(record: Any) -> None:
             f"{KEY} in config.json has format {found!r}; this optimum-stat reads format {FORMAT}. "
             "A newer optimum-stat may know it: pip install -U optimum-stat."
         )
-    unknown = sorted(record.keys() - {"format", *SIZES})
+    unknown = sorted(record.keys() - {"format", *SIZES, HEADS})
     if unknown:
         raise ValueError(f"{KEY} in config.json holds {', '.join(unknown)}, which format {FORMAT} does not have.")
     for name in SIZES:
@@ -125,9 +127,38 @@ def _cut(group: Group, size: int) -> None:
     slice_group(group, torch.arange(size, device="cpu"))
 
 
-def _check_query_heads(groups: list[Group], recorded: list[int]) -> None:
-    expected = [group.units * group.query_heads for group in groups if group.structure == "heads"]
-    if expected != recorded:
+def _give_own_configs(groups: list[Group]) -> None:
+    """To modules that read theirs at run time, also where nothing went: with sizes layer by layer a read of it is a warning."""
+    for group in groups:
+        for module, name, per_unit in group.counts:
+            if "." in name:
+                set_count(module, name, per_unit * group.units)
+
+
+def _check_kept_heads(model: nn.Module, groups: list[Group], record: dict[str, Any]) -> None:
+    """Numbers of heads, where the model has to know which ones it keeps."""
+    wanted, lists = any(group.biased is not None for group in groups), record.get(HEADS)
+    if not wanted and lists is None:
+        return
+    dense = range(int(getattr(model.config, "num_attention_heads", 0)))
+    listed = isinstance(lists, list) and len(lists) == len(groups)
+    if not wanted or not listed or not all(map(functools.partial(_names, dense), lists or (), record["heads"])):
+        need = f"must list which of the heads 0 to {len(dense) - 1} each block keeps" if wanted else "must not be there"
+        raise ValueError(f"{KEY} in config.json records {HEADS} as {lists!r}; for this model it {need}.")
+
+
+def _names(dense: range, heads: Any, count: int) -> bool:
+    own = isinstance(heads, list) and all(type(each) is int and each in dense for each in heads)
+    return own and len(set(heads)) == len(heads) == count
+
+
+def _check_heads(groups: list[Group], record: dict[str, Any]) -> None:
+    own = [group for group in groups if group.structure == "heads"]
+    expected = [group.units * group.query_heads for group in own]
+    if expected != record["heads"]:
         raise ValueError(
-            f"{KEY} in config.json records {recorded} query heads; its key/value heads and the model make {expected}."
+            f"{KEY} in config.json records {record['heads']} query heads; its key/value heads and the model make {expected}."
         )
+    shared = [group.key_value_heads for group in own]
+    if shared != record["key_value_heads"]:
+        raise ValueError(f"{KEY} in config.json records {record['key_value_heads']} key/value heads; the model has {shared}.")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 from transformers.utils.logging import tqdm
 
 from .data import Batches
-from .families import Group, find_blocks
+from .families import Group, applications_of, find_blocks
 from .probes import Visit, device_of, on_consumer_input, real_rows
 
 CHUNK = 2048
@@ -37,14 +38,15 @@ class BlockWalk:
         self.blocks = find_blocks(model)
         self.masks: list[Tensor] = []
         self.hidden: list[Tensor] = []
-        self._calls: list[list[Call]] = []
-        device = device_of(model)
+        self._calls: list[list[list[Call]]] = []
+        self._applications = applications_of(model)
+        device, outputs = device_of(model), list[int]()
         for batch in batches:
             inputs = {name: value.to(device) for name, value in batch.items()}
-            calls = record_calls(model, self.blocks, inputs)
+            calls = record_calls(model, self.blocks, inputs, outputs)
             self.masks.append(inputs["attention_mask"])
-            self.hidden.append(_hidden(calls[0]))
-            self._calls.append([_without_hidden(call) for call in calls])
+            self.hidden.append(_hidden(calls[0][0]))
+            self._calls.append([[_without_hidden(call) for call in own] for own in calls])
 
     @torch.no_grad()
     def run(self, index: int, groups: list[Group], visit: Visit, advance: bool = False) -> None:
@@ -52,7 +54,8 @@ class BlockWalk:
 
         `groups` stand in the order of the forward pass. The block is left as soon as the last has been seen, unless
         `advance` asks to go on to the next block in the same run. Inputs in half precision are shown in float32, and those
-        of short batches together, about CHUNK tokens at a time: many rows cost hardly more than few.
+        of short batches together, about CHUNK tokens at a time: many rows cost hardly more than few. A block that runs more
+        than once shows the tokens of all its runs, one run of a batch after the other.
         """
         waiting: list[list[Tensor]] = []
         for batch in range(len(self.masks)):
@@ -69,24 +72,29 @@ class BlockWalk:
             self.hidden[batch] = self._forward(index, batch)
 
     def _consumer_inputs(self, index: int, groups: list[Group], batch: int, advance: bool) -> list[Tensor]:
-        seen: list[Tensor] = []
+        seen: dict[Group, list[Tensor]] = {group: [] for group in groups}
+        missing = len(groups) * self._applications
 
         def see(group: Group, z: Tensor) -> None:
+            nonlocal missing
             rows = real_rows(z, self.masks[batch])
-            seen.append(rows if rows.dtype == torch.float64 else rows.float())
-            if not advance and len(seen) == len(groups):
+            seen[group].append(rows if rows.dtype == torch.float64 else rows.float())
+            missing -= 1
+            if not advance and not missing:
                 raise _Stop
 
         with on_consumer_input(groups, see), suppress(_Stop):
             output = self._forward(index, batch)
             if advance:
                 self.hidden[batch] = output
-        return seen
+        return [torch.cat(parts) for parts in seen.values()]
 
     def _forward(self, index: int, batch: int) -> Tensor:
-        args, kwargs = self._calls[batch][index]
-        output = self.blocks[index](self.hidden[batch], *args, **kwargs)
-        return output if isinstance(output, Tensor) else output[0]
+        hidden = self.hidden[batch]
+        for args, kwargs in self._calls[batch][index]:
+            output = self.blocks[index](hidden, *args, **kwargs)
+            hidden = output if isinstance(output, Tensor) else output[0]
+        return hidden
 
     def steps(self, what: str) -> Iterator[int]:
         """The blocks' indices, under a progress bar."""
@@ -105,22 +113,43 @@ class BlockWalk:
         return float((1 / energy.clamp_min(torch.finfo(torch.float32).tiny)).mean())
 
 
-def record_calls(model: nn.Module, blocks: nn.ModuleList, inputs: dict[str, Tensor]) -> list[Call]:
-    """How the model calls each of its blocks on this batch; no block is run."""
-    calls: list[Call] = []
+def record_calls(
+    model: nn.Module, blocks: nn.ModuleList, inputs: dict[str, Tensor], outputs: list[int] | None = None
+) -> list[list[Call]]:
+    """How the model calls each of its blocks on this batch.
 
-    def record(*args: Any, **kwargs: Any) -> Tensor:
-        calls.append((args, kwargs))
-        if len(calls) == len(blocks):
+    Only the first block is run, to see how many values it returns (0: a tensor instead of a tuple), and only while `outputs`
+    is empty; there the number is remembered for further batches.
+
+    Raises:
+        ValueError: the model does something to what one block returns before the next reads it, or runs blocks in turn.
+    """
+    applications, outputs = applications_of(model), [] if outputs is None else outputs
+    order = [index for index in range(len(blocks)) for _ in range(applications)]
+    calls: list[list[Call]] = [[] for _ in blocks]
+
+    def record(index: int, forward: Any, *args: Any, **kwargs: Any) -> Any:
+        hidden, done = _hidden((args, kwargs)), sum(map(len, calls))
+        if index != order[done] or (done and not _same(hidden, _hidden(calls[0][0]))):
+            raise ValueError(f"Block {index} of {type(model).__name__} does not read what the block before it returns.")
+        calls[index].append((args, kwargs))
+        if done + 1 == len(order):
             raise _Stop
-        return _hidden((args, kwargs))
+        if not outputs:
+            returned = forward(*args, **kwargs)
+            outputs.append(len(returned) if isinstance(returned, tuple) else 0)
+        return (hidden, *[None] * (outputs[0] - 1)) if outputs[0] else hidden
 
     with torch.no_grad(), ExitStack() as stack:
-        for block in blocks:
-            stack.enter_context(_replaced_forward(block, record))
+        for index, block in enumerate(blocks):
+            stack.enter_context(_replaced_forward(block, partial(record, index, block.forward)))
         with suppress(_Stop):
             model(**inputs)
     return calls
+
+
+def _same(one: Tensor, other: Tensor) -> bool:
+    return one is other or torch.allclose(one, other.to(one.device), rtol=0, atol=0, equal_nan=True)
 
 
 @contextmanager

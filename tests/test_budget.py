@@ -19,6 +19,8 @@ from optimum_stat.families import Group, find_blocks, find_groups
 from optimum_stat.slicing import slice_model
 
 CASES = [*((family, {}) for family in SIZES), ("bert", {"is_decoder": True}), ("opt", {"enable_bias": False})]
+OF_TOKENS = [case for case in CASES if "deberta" not in case[0]]
+"""Where no layer reads relative positions, whose number is not that of the tokens: of them the multiply-adds are an estimate."""
 
 
 def _model(family: str, **changes: Any) -> nn.Module:
@@ -39,17 +41,18 @@ def _counted_macs(model: nn.Module, seq_len: int) -> int:
     with FlopCounterMode(display=False) as counter:
         output = model(ids, attention_mask=torch.ones_like(ids), output_attentions=True)
     counts = counter.get_flop_counts()
-    total = 0
-    for name, attention in zip(names, output.attentions, strict=True):
+    runs, total = len(output.attentions) // len(names), 0
+    for index, name in enumerate(names):
+        attention = torch.stack(output.attentions[index * runs : (index + 1) * runs])
         ops = {op.__name__: flops for op, flops in counts[f"{type(model).__name__}.{name}"].items()}
-        products = ops.pop("bmm")
+        products = ops.pop("bmm") + ops.pop("baddbmm", 0)
         per_pair = products // attention.numel()  # torch's counter knows no mask
         assert products % attention.numel() == 0
         total += (sum(ops.values()) + per_pair * int((attention > 0).sum())) // 2
     return total
 
 
-@pytest.mark.parametrize(("family", "changes"), CASES)
+@pytest.mark.parametrize(("family", "changes"), OF_TOKENS)
 @pytest.mark.parametrize("seq_len", [1, 4, 11])
 def test_macs_are_those_that_torch_counts(family: str, changes: dict[str, Any], seq_len: int) -> None:
     model = _model(family, **changes)
@@ -60,14 +63,14 @@ def test_macs_are_those_that_torch_counts(family: str, changes: dict[str, Any], 
         assert unit_cost(model, group, "macs", seq_len) == counted - smaller, group.name
 
 
-@pytest.mark.parametrize("family", ENCODERS)
+@pytest.mark.parametrize("family", [family for family in ENCODERS if "deberta" not in family and family != "modernbert"])
 def test_an_encoders_macs_are_all_that_its_blocks_compute(family: str) -> None:
     model, ids = _model(family), torch.arange(3, 12)[None]
     blocks = find_blocks(model)
-    name = next(name for name, module in model.named_modules() if module is blocks).rpartition(".")[0]
+    names = [name for name, module in model.named_modules() if module in list(blocks)]
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         model(ids, attention_mask=torch.ones_like(ids))
-    flops = sum(counter.get_flop_counts()[f"{type(model).__name__}.{name}"].values())
+    flops = sum(sum(counter.get_flop_counts()[f"{type(model).__name__}.{name}"].values()) for name in names)
     assert model_cost(model, "macs", 9) * 2 == flops
 
 
@@ -80,6 +83,8 @@ def test_params_are_those_that_slicing_removes(family: str, changes: dict[str, A
         removed = everything - sum(p.numel() for p in smaller.parameters())
         assert unit_cost(model, group, "params", 7) == removed, group.name
         assert model_cost(model, "params", 7) - model_cost(smaller, "params", 7) == removed
+    if family.startswith("albert") or family == "modernbert":
+        return  # more layers have no more parameters, or not so many more: the first has no norm
     longer = _model(family, **changes, **{"n_layers" if family == "distilbert" else "num_hidden_layers": 3})
     per_block = sum(p.numel() for p in longer.parameters()) - everything
     assert model_cost(model, "params", 7) == 2 * per_block
@@ -89,7 +94,7 @@ def test_params_are_those_that_slicing_removes(family: str, changes: dict[str, A
 def test_attended_pairs_of_decoders(family: str) -> None:
     model, seq_len = _model(family), 9
     for block in range(2):
-        local = family == "mistral" or (family == "qwen2" and block == 1)
+        local = family in ("mistral", "gemma3_text") or (family, block) in (("qwen2", 1), ("gemma2", 0))
         window = 6 if local else seq_len
         pairs = [(query, key) for query in range(seq_len) for key in range(query + 1) if query - key < window]
         assert attended_pairs(model, block, seq_len) == len(pairs)

@@ -137,6 +137,18 @@ def test_text_from_outside_is_not_run_as_a_template(folder: Path):
     assert "{{ 7 * 6 }} {% raw %}; 6 examples" in card
 
 
+def test_what_is_not_exact_is_said(tmp_path: Path):
+    pruner = STATPruner.from_pretrained(tiny("olmo2"), STATConfig(keep=0.6, metric="stream"))
+    pruner.prune(batches())
+    assert {group.name for group in pruner.report.groups if group.note} == {"0.heads", "1.heads"}
+    said = "not exact for heads: queries and keys are divided by the root mean square of all heads"
+    pruner.save_pretrained(tmp_path / "pruned")
+    fewer_heads = any(group.note and group.kept < group.units for group in pruner.report.groups)
+    assert fewer_heads
+    assert str(pruner.report).count(said) == 1
+    assert (tmp_path / "pruned" / "README.md").read_text().count(said.capitalize()[:9] + said[9:]) == 1
+
+
 def test_the_citation_is_complete():
     paper = Paper("ABC: A Method", "Jane Doe, John Roe", 2031, "3101.00001")
     assert paper.url == "https://arxiv.org/abs/3101.00001"

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import scipy.linalg
 import torch
-from tiny import SIZES, batches, outputs, takes_positions, tiny
+from tiny import batches, outputs, takes_positions, tiny
 from torch import Tensor, nn
 
 from optimum_stat import STATConfig, STATPruner
@@ -51,9 +51,8 @@ def _seen(model: nn.Module, module: nn.Module, items: list[dict[str, Tensor]]) -
 
 def _kept(dense: Group, pruned: Group) -> list[int]:
     """The units that `pruned` still has, found by their unchanged weights."""
-    before, after = (weight(group.producers[-1].linear) for group in (dense, pruned))
-    parts = dense.producers[-1].parts
-    old, new = before.reshape(parts, dense.units, -1)[-1], after.reshape(parts, pruned.units, -1)[-1]
+    last = [(group.producers[-1], group.units) for group in (dense, pruned)]
+    old, new = (weight(producer.linear)[producer.rows(units)].flatten(1) for producer, units in last)
     return [int((old == row).all(1).nonzero()[0, 0]) for row in new]
 
 
@@ -80,12 +79,15 @@ def _with_copies(model: nn.Module) -> None:
         for producer in group.producers:
             for tensor in (weight(producer.linear), producer.linear.bias):
                 if tensor is not None:
-                    units = tensor.view(producer.parts, group.units, -1, *tensor.shape[1:])  # a view: writes go through
-                    units[:, group.units // 2 :] = units[:, : group.units // 2]
+                    rows, half = producer.rows(group.units), group.units // 2
+                    tensor[rows[half:]] = tensor[rows[:half]]  # of a view: writes go through
+        for module, name in group.vectors:
+            shares = getattr(module, name).view(group.units, -1)
+            shares[group.units // 2 :] = shares[: group.units // 2]
 
 
 @pytest.mark.parametrize("published", [False, True])
-@pytest.mark.parametrize("family", SIZES)
+@pytest.mark.parametrize("family", [*FAMILIES, "llama", "qwen3", "phi3", "gpt_neox", "falcon", "modernbert", "albert"])
 def test_copies_are_removed_without_a_trace(family: str, published: bool) -> None:
     model = tiny(family)
     _with_copies(model)

@@ -33,6 +33,7 @@ from optimum_stat import STATConfig, command_options
 from optimum_stat.commands import main
 from optimum_stat.config import PruningConfig
 from optimum_stat.methods import METHODS
+from optimum_stat.slicing import slice_model
 
 BIN = Path(sys.executable).parent
 SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}
@@ -284,6 +285,40 @@ def test_inspect(pruned: dict[str, str], folders: dict[str, str], capsys: pytest
         table[2].split()
         == f"1 {record['heads'][1]} of 4 {record['key_value_heads'][1]} of 2 {record['neurons'][1]} of 48".split()
     )
+
+
+def test_a_dry_run_shows_what_could_be_pruned_from_the_config_alone(
+    folders: dict[str, str], capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    (tmp_path / "config.json").write_text((Path(folders["llama"]) / "config.json").read_text())  # no weights at all
+    main(["inspect", str(tmp_path), "--dry-run", "--json"])
+    found = json.loads(capsys.readouterr().out)
+    main(["inspect", str(tmp_path), "--dry-run"])
+    table = capsys.readouterr().out.splitlines()
+    model = LlamaForCausalLM.from_pretrained(folders["llama"])
+    everything = sum(p.numel() for p in model.model.layers.parameters())
+    assert (found["model_type"], found["params"]) == ("llama", everything)
+    assert [(group["name"], group["units"], group["fewest"]) for group in found["groups"]] == [
+        ("0.heads", 2, 1),
+        ("0.neurons", 48, 8),
+        ("1.heads", 2, 1),
+        ("1.neurons", 48, 8),
+    ]
+    for group in found["groups"]:
+        smaller = LlamaForCausalLM.from_pretrained(folders["llama"])
+        slice_model(smaller, {group["name"]: torch.arange(1, group["units"])})
+        assert group["params"] == everything - sum(p.numel() for p in smaller.model.layers.parameters())
+    slice_model(model, {group["name"]: torch.arange(group["fewest"]) for group in found["groups"]})
+    left = sum(p.numel() for p in model.model.layers.parameters())
+    assert found["smallest"]["params"] == pytest.approx(left / everything, abs=1e-12)
+    assert table[2].split()[:4] == ["0-1", "heads", "2", "1"]
+    assert table[3].split()[:4] == ["0-1", "neurons", "48", "8"]
+    assert table[-1].startswith(f"smallest: {left / everything:.2%} of the params, ")
+
+
+def test_a_dry_run_of_what_is_not_known_says_what_was_found(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    T5Config(d_model=8, d_kv=4, d_ff=8, num_layers=1, num_heads=2, vocab_size=9).save_pretrained(tmp_path)
+    assert "no list of blocks with attention was found" in fails(capsys, 1, "inspect", str(tmp_path), "--dry-run")
 
 
 def test_inspect_refuses_a_dense_model(folders: dict[str, str], capsys: pytest.CaptureFixture[str]) -> None:

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import operator
+
 import pytest
 import torch
-from tiny import batches, outputs, tiny
+from tiny import INEXACT, SIZES, batches, outputs, tiny
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from optimum_stat.families import FAMILIES, find_groups, weight
+from optimum_stat.families import find_groups, weight
 from optimum_stat.probes import on_consumer_input
 from optimum_stat.slicing import consumer_columns, restored_on_error, slice_group, slice_model
 
-EACH_FAMILY = pytest.mark.parametrize("family", FAMILIES)
+EACH_FAMILY = pytest.mark.parametrize("family", SIZES)
 
 
 def random_plan(model: PreTrainedModel, seed: int) -> dict[str, Tensor]:
@@ -41,6 +43,8 @@ def masked(model: PreTrainedModel, plan: dict[str, Tensor], batch: dict[str, Ten
 def test_sliced_equals_masked(family: str, seed: int):
     model = tiny(family)
     plan = random_plan(model, seed)
+    if family in INEXACT:
+        plan |= {group.name: torch.arange(group.units) for group in find_groups(model) if group.inexact}
     wanted = [masked(model, plan, batch) for batch in batches()]
     dense = outputs(model, batches()[0])
     slice_model(model, plan)
@@ -50,10 +54,25 @@ def test_sliced_equals_masked(family: str, seed: int):
     assert (wanted[0] - dense).abs().max() > 0.05
 
 
+def test_a_norm_over_all_heads_makes_heads_inexact_and_nothing_else():
+    groups = {name: find_groups(tiny(name)) for name in SIZES}
+    inexact = {(name, group.structure) for name, own in groups.items() for group in own if group.inexact}
+    assert inexact == {(name, "heads") for name in INEXACT}
+    model = tiny("olmo2")
+    plan = {"0.heads": torch.tensor([1])}
+    wanted = masked(model, {**plan, **{g.name: torch.arange(g.units) for g in groups["olmo2"][1:]}}, batches()[0])
+    slice_model(model, plan)
+    assert (outputs(model, batches()[0]) - wanted).abs().max() > 0.01
+    for name in ("q_norm", "k_norm"):
+        assert len(getattr(model.model.layers[0].self_attn, name).weight) == {"q_norm": 16, "k_norm": 8}[name]
+
+
 @EACH_FAMILY
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
 def test_every_attention_agrees_on_the_sliced_model(family: str, attention: str):
     model = tiny(family)
+    if attention == "sdpa" and not model._supports_sdpa:
+        return  # refused by transformers
     slice_model(model, random_plan(model, 1))
     before = outputs(model, batches()[0])
     model.set_attn_implementation(attention)
@@ -76,7 +95,7 @@ def test_sizes_that_modules_remember_are_rewritten(family: str):
     slice_model(model, random_plan(model, 2))
     for group in find_groups(model):
         for module, name, per_unit in group.counts:
-            assert getattr(module, name) == per_unit * group.units
+            assert operator.attrgetter(name)(module) == per_unit * group.units
         for linear in (*(producer.linear for producer in group.producers), group.consumer):
             shape = (linear.out_features, linear.in_features) if isinstance(linear, nn.Linear) else (linear.nf, linear.nx)
             assert shape == tuple(weight(linear).shape)
@@ -109,12 +128,20 @@ def test_impossible_plans_are_refused(units: list[int]):
         slice_model(model, {"0.neurons": torch.tensor(units, dtype=torch.long)})
 
 
+def sizes_of(model: PreTrainedModel) -> list[tuple[int, list[int], str]]:
+    return [
+        (group.units, [operator.attrgetter(name)(module) for module, name, _ in group.counts], group.consumer.extra_repr())
+        for group in find_groups(model)
+    ]
+
+
 @EACH_FAMILY
 def test_an_error_restores_weights_sizes_and_identity(family: str):
     model = tiny(family)
     parameters = dict(model.named_parameters())
     state = {name: value.clone() for name, value in model.state_dict().items()}
-    sizes = [(g.units, [getattr(m, name) for m, name, _ in g.counts], g.consumer.extra_repr()) for g in find_groups(model)]
+    hooks = [len(module._forward_pre_hooks) for module in model.modules()]
+    sizes = sizes_of(model)
 
     def fail() -> None:
         with restored_on_error(model):
@@ -124,7 +151,9 @@ def test_an_error_restores_weights_sizes_and_identity(family: str):
 
     with pytest.raises(KeyboardInterrupt):
         fail()
-    assert [(g.units, [getattr(m, n) for m, n, _ in g.counts], g.consumer.extra_repr()) for g in find_groups(model)] == sizes
+    assert sizes_of(model) == sizes
+    assert [len(module._forward_pre_hooks) for module in model.modules()] == hooks
+    assert not any(hasattr(module, "kept_heads") for module in model.modules())
     assert all(p is parameters[name] for name, p in model.named_parameters())
     assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
     assert list(dict(model.named_parameters())) == list(parameters)

@@ -20,14 +20,14 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 from test_slicing import random_plan
-from tiny import DECODERS, LLAMAS, batches, outputs, tiny
+from tiny import DECODERS, LLAMAS, SIZES, batches, outputs, tiny
 from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassification, PreTrainedModel
 
-from optimum_stat.families import FAMILIES, find_groups
+from optimum_stat.families import find_groups
 from optimum_stat.slicing import slice_model
 from optimum_stat.structure import describe, install, replay, write_record
 
-EACH_FAMILY = pytest.mark.parametrize("family", FAMILIES)
+EACH_FAMILY = pytest.mark.parametrize("family", SIZES)
 
 
 def pruned(family: str, head: str | None = None, seed: int = 0) -> PreTrainedModel:
@@ -44,7 +44,7 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from optimum_stat import remote_code
 
     root = tmp_path_factory.mktemp("saved")
-    for family in FAMILIES:
+    for family in SIZES:
         model = pruned(family)
         model.config.auto_map = remote_code.write(model, root)
         model.save_pretrained(root / family)
@@ -122,12 +122,12 @@ def auto_class(family: str) -> Any:
 
 def test_a_fresh_process_with_the_package_loads_every_family_bit_for_bit(saved: Path, tmp_path: Path):
     found = in_fresh_process(WITH_THE_PACKAGE, saved, tmp_path)
-    assert found == {family: [True, "transformers"] for family in FAMILIES}
+    assert found == {family: [True, "transformers"] for family in SIZES}
 
 
 def test_a_fresh_process_without_the_package_needs_remote_code_and_then_loads_bit_for_bit(saved: Path, tmp_path: Path):
     found = in_fresh_process(WITHOUT_THE_PACKAGE, saved, tmp_path)
-    assert set(found) == set(FAMILIES)
+    assert set(found) == set(SIZES)
     for family, seen in found.items():
         assert "ignore_mismatched_sizes" in seen.pop("refused"), family
         remote = "transformers_modules"
@@ -147,7 +147,7 @@ def test_the_record_says_what_the_model_is(family: str):
     record, groups = model.config.stat_pruning, find_groups(model)
     assert record["format"] == 1
     assert record["neurons"] == [group.units for group in groups[1::2]]
-    assert record["key_value_heads"] == [group.units for group in groups[::2]]
+    assert record["key_value_heads"] == [1 if group.shares_key_value else group.units for group in groups[::2]]
     assert record["heads"] == [group.units * group.query_heads for group in groups[::2]]
     assert record == json.loads(json.dumps(record)) == describe(model)
 
@@ -162,7 +162,8 @@ def test_transformers_own_record_agrees_where_it_has_one(family: str, saved: Pat
         layer, record = config.per_layer_config[i], config.stat_pruning
         sizes = layer.num_attention_heads, layer.num_key_value_heads, layer.intermediate_size
         assert sizes == tuple(record[name][i] for name in ("heads", "key_value_heads", "neurons"))
-    assert (config.num_attention_heads, config.num_key_value_heads, config.intermediate_size) == (4, 2, 44)
+    assert (config.num_attention_heads, config.intermediate_size) == (4, 44)
+    assert config.num_key_value_heads == (1 if "one" in family else 2)
 
 
 def shapes(model: Any) -> dict[str, tuple[int, ...]]:
@@ -180,7 +181,8 @@ def test_every_way_to_build_a_model_builds_it_small(family: str, saved: Path):
     base = AutoModel.from_pretrained(saved / family)
     inner = {name: value for name, value in model.base_model.state_dict().items() if not name.startswith("pooler")}
     assert all(torch.equal(base.state_dict()[name], value) for name, value in inner.items())
-    if family != "distilbert":  # its classification head warns about nothing, but has other names
+    # one classification head warns about nothing, but has other names; some families have none
+    if family != "distilbert" and type(config) in AutoModelForSequenceClassification._model_mapping:
         head = AutoModelForSequenceClassification.from_pretrained(saved / family)
         assert describe(head) == describe(model)
 
@@ -232,25 +234,64 @@ def test_training_with_gradient_checkpointing_equals_training_without():
     assert all(torch.equal(one, other) for one, other in zip(*gradients, strict=True))
 
 
-def test_torch_compile():
-    model = pruned("llama")
-    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
-    inputs = {name: batches()[0][name] for name in ("input_ids", "attention_mask")}
+SOME = pytest.mark.parametrize(
+    "family", [pytest.param(family, marks=[] if family in ("bloom", "phi3") else pytest.mark.full) for family in SIZES]
+)
+"""Two whose attention needs help, in every run; the others take too long."""
+
+
+def inputs_of(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {name: batch[name] for name in ("input_ids", "attention_mask")}
+
+
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # of one family's activation function
+@SOME
+def test_torch_compile(family: str):
+    torch._dynamo.reset()
+    model = pruned(family)
+    compiled = torch.compile(model, fullgraph="deberta" not in family, backend="aot_eager")
+    inputs = inputs_of(batches()[0])
     with torch.no_grad():
         torch.testing.assert_close(compiled(**inputs).logits, model(**inputs).logits, atol=1e-4, rtol=1e-4)
 
 
+@SOME
+def test_torch_export(family: str):
+    model = pruned(family)
+    model.config.use_cache = False
+    inputs = inputs_of(batches()[0])
+    with torch.no_grad():
+        exported = torch.export.export(model, (), inputs, strict=False).module()
+        torch.testing.assert_close(exported(**inputs).logits, model(**inputs).logits, atol=1e-4, rtol=1e-4)
+
+
+@EACH_FAMILY
+def test_half_precision(family: str, saved: Path):
+    if family == "deberta":
+        return  # transformers loads some of its biases in single precision, and then the dense model does not run either
+    loaded, model = auto_class(family).from_pretrained(saved / family, dtype=torch.bfloat16), pruned(family)
+    assert torch.bfloat16 in {parameter.dtype for parameter in loaded.parameters()}
+    for own, other in zip(model.parameters(), loaded.parameters(), strict=True):
+        own.data = own.data.to(other.dtype)  # not .bfloat16(), which rounds the rotary frequencies too
+    assert torch.equal(outputs(loaded, batches()[0]), outputs(model, batches()[0]))
+
+
 # peft asks transformers by the old name; ours does not
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
-def test_lora_on_top(tmp_path: Path):
+@SOME
+def test_lora_on_top(family: str, tmp_path: Path):
     from peft import LoraConfig, PeftModel, get_peft_model
 
-    pruned("llama").save_pretrained(tmp_path / "base")
-    load = transformers.LlamaForCausalLM.from_pretrained
-    adapted = get_peft_model(load(tmp_path / "base"), LoraConfig(r=2, target_modules=["q_proj", "down_proj"]))
+    base = pruned(family)
+    base.save_pretrained(tmp_path / "base")
+    names = {module: name.rpartition(".")[2] for name, module in base.named_modules()}
+    chosen = [names[linear] for group in find_groups(base) for linear in (group.producers[-1].linear, group.consumer)]
+    load = type(base).from_pretrained
+    fan_in = {"fan_in_fan_out": True} if family == "gpt2" else {}
+    adapted = get_peft_model(load(tmp_path / "base"), LoraConfig(r=2, target_modules=sorted({*chosen}), **fan_in))
     optimizer = torch.optim.SGD([p for p in adapted.parameters() if p.requires_grad], lr=1.0)
     for _ in range(2):  # the first step moves B alone
-        adapted(**batches()[0], labels=batches()[0]["input_ids"]).loss.backward()
+        adapted(**inputs_of(batches()[0]), labels=batches()[0]["input_ids"]).loss.backward()
         optimizer.step()
     trained = outputs(adapted, batches()[0])
     assert not torch.equal(trained, outputs(load(tmp_path / "base"), batches()[0]))
@@ -258,7 +299,7 @@ def test_lora_on_top(tmp_path: Path):
     loaded = PeftModel.from_pretrained(load(tmp_path / "base"), tmp_path / "adapter")
     assert torch.equal(outputs(loaded, batches()[0]), trained)
     merged = loaded.merge_and_unload()
-    torch.testing.assert_close(outputs(merged, batches()[0]), trained, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(outputs(merged, batches()[0]), trained, atol=1e-3, rtol=1e-3)
     merged.save_pretrained(tmp_path / "merged")
     assert torch.equal(outputs(load(tmp_path / "merged"), batches()[0]), outputs(merged, batches()[0]))
 
@@ -297,6 +338,34 @@ EDITS: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
         "for 2 blocks, but the model has 3. Was num_hidden_layers",
     ),
 }
+
+
+KEPT = r"records kept_heads as .*; for this model it must list which of the heads 0 to 3 each block keeps"
+EDITS_OF_KEPT_HEADS: dict[str, tuple[str, Callable[[dict[str, Any]], Any], str]] = {
+    "not there": ("bloom", lambda config: config["stat_pruning"].pop("kept_heads"), KEPT),
+    "one block short": ("bloom", lambda config: config["stat_pruning"]["kept_heads"].pop(), KEPT),
+    "one head short": ("bloom", lambda config: config["stat_pruning"]["kept_heads"][0].pop(), KEPT),
+    "twice the same": ("bloom", set_record("kept_heads", [[0] * 4] * 2), KEPT),
+    "no such head": ("bloom", set_record("kept_heads", [[4], [4]]), KEPT),
+    "as text": ("bloom", set_record("kept_heads", [["0"], ["1"]]), KEPT),
+    "where none is needed": ("bert", set_record("kept_heads", [[0], [0]]), "for this model it must not be there"),
+    "another number of shared heads": (
+        "llama, one key head",
+        set_record("key_value_heads", [2, 1]),
+        r"records \[2, 1\] key/value heads; the model has \[1, 1\]",
+    ),
+}
+
+
+@pytest.mark.parametrize("edit", EDITS_OF_KEPT_HEADS)
+def test_heads_that_cannot_be_told_apart_are_refused_with_the_reason(edit: str, saved: Path, tmp_path: Path):
+    family, change, message = EDITS_OF_KEPT_HEADS[edit]
+    folder = shutil.copytree(saved / family, tmp_path / "edited")
+    config = json.loads((folder / "config.json").read_text())
+    change(config)
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=message):
+        auto_class(family).from_pretrained(folder)
 
 
 @pytest.mark.parametrize("family", ["bert", "llama"])

@@ -165,7 +165,7 @@ def brute(value: Tensor, g: Tensor, a: Tensor, gone: Tensor, damping: float) -> 
 
 def sides_of(group: Group, units: list[int]) -> list[tuple[nn.Module, Tensor, bool]]:
     """(layer, lines of `units`, whether they are columns), written down once more."""
-    rows = [(p.linear, p.parts) for p in (group.producers[-1:] if group.structure == "heads" else group.producers)]
+    rows = [(p.linear, len(p.runs)) for p in (group.producers[-1:] if group.structure == "heads" else group.producers)]
     columns = torch.tensor([u * group.width + i for u in units for i in range(group.width)])
     found = [(group.consumer, columns, True)]
     for linear, parts in rows:

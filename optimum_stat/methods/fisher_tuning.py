@@ -124,7 +124,8 @@ class Tuning:
         """Which of all real tokens are an example's first, where only these count; None: all count."""
         if group.name != self.first_token_only:
             return None
-        return torch.cat([(mask.cumsum(1) == 1)[mask.bool()] for mask in self.student.masks])
+        firsts = [(mask.cumsum(1) == 1)[mask.bool()] for mask in self.student.masks]
+        return torch.cat([first for first in firsts for _ in range(group.applications)])
 
     def _fold(self, masks: dict[str, Tensor]) -> None:
         for group in self.groups:

@@ -20,9 +20,9 @@ class Layer:
     linear: nn.Module
     group: Group
     unit_of: Tensor
-    """The unit of every row, or of every column: int64."""
-    parts: int
-    """Stacked runs among the rows (3 for a fused query, key, value)."""
+    """The unit of every row, or of every column; for rows that belong to none and stay, the number of units: int64."""
+    run_of: Tensor
+    """The run of every row, of which a producer may have several (3 for a fused query, key, value): int64."""
     is_consumer: bool
     block_size: int
     """Of the grid of blocks that have scores of their own; 0: the group's units have, and all its layers share them."""
@@ -49,7 +49,7 @@ class Layer:
 
     def by_unit(self, values: Tensor) -> Tensor:
         """From one value a unit, [units], to one a row or column."""
-        spread = values[self.unit_of.to(values.device)]
+        spread = torch.cat([values, values.new_ones(1)])[self.unit_of.to(values.device)]
         return spread[None] if self.is_consumer else spread[:, None]
 
     def gathered(self, values: Tensor) -> Tensor:
@@ -60,17 +60,21 @@ class Layer:
             padded = pad(values, (0, across * size - values.shape[1], 0, down * size - values.shape[0]))
             return padded.view(down, size, across, size).sum((1, 3))
         lines = values.sum(0 if self.is_consumer else 1)
-        return lines.new_zeros(self.group.units).index_add(0, self.unit_of.to(lines.device), lines)
+        return lines.new_zeros(self.group.units + 1).index_add(0, self.unit_of.to(lines.device), lines)[:-1]
 
     def units_best(self, values: Tensor) -> Tensor:
-        """Of one value a block: for every unit the best of those on it; if it has several parts, of its worst part: [units]."""
+        """Of one value a block: for every unit the best of those on it; if it has rows in several runs, of its worst: [units]."""
         lines = values.amax(0 if self.is_consumer else 1).repeat_interleave(self.block_size)[: len(self.unit_of)]
-        return lines.view(self.parts, self.group.units, -1).amax(-1).amin(0)
+        own, units = self.unit_of < self.group.units, self.group.units
+        at = (self.run_of * units + self.unit_of)[own].to(lines.device)
+        best = torch.full(((int(self.run_of.max()) + 1) * units,), -torch.inf, device=lines.device)
+        best = best.scatter_reduce(0, at, lines[own.to(lines.device)].float(), "amax")
+        return best.view(-1, units).amin(0).to(lines.dtype)
 
     def count(self, blocks: Tensor, alive: Tensor) -> int:
         """Weights that stay where `blocks` [grid] do, in the rows or columns of the units `alive` [units]."""
         size, (out, width) = self.block_size, self.shape
-        lines = alive[self.unit_of].double()
+        lines = torch.cat([alive, alive.new_ones(1)])[self.unit_of].double()
         length = width if self.is_consumer else out
         live = pad(lines, (0, -length % size)).view(-1, size).sum(1)
         other = torch.full((self.grid[0 if self.is_consumer else 1],), float(size), dtype=torch.float64)
@@ -83,14 +87,17 @@ def layers_of(group: Group, block_size: int) -> list[Layer]:
     """All linears of a group: producers, then the consumer."""
     found = [_producer(group, producer, block_size) for producer in group.producers]
     columns = torch.arange(group.units).repeat_interleave(group.width)
-    return [*found, Layer(group.consumer, group, columns, 1, True, block_size)]
+    return [*found, Layer(group.consumer, group, columns, torch.zeros_like(columns), True, block_size)]
 
 
 def _producer(group: Group, producer: Producer, block_size: int) -> Layer:
-    rows = weight(producer.linear).shape[0]
-    per_unit = rows // producer.parts // group.units
-    units = torch.arange(group.units).repeat_interleave(per_unit).repeat(producer.parts)
-    return Layer(producer.linear, group, units, producer.parts, False, block_size)
+    rows, share = producer.rows(group.units), sum(producer.runs)
+    run_of = torch.arange(len(producer.runs)).repeat_interleave(torch.tensor(producer.runs) * (rows.shape[1] // share))
+    units = torch.full((weight(producer.linear).shape[0],), group.units)
+    runs = torch.zeros_like(units)
+    units[rows.flatten()] = torch.arange(group.units).repeat_interleave(rows.shape[1])
+    runs[rows.flatten()] = run_of.repeat(group.units)
+    return Layer(producer.linear, group, units, runs, False, block_size)
 
 
 class _Masked(torch.autograd.Function):

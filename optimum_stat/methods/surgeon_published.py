@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from ..correction import set_bias
 from ..families import Group, weight
-from ..slicing import Plan, consumer_columns, producer_rows, set_weight
+from ..slicing import Plan, consumer_columns, set_weight
 from .surgeon_curvature import Factors
 from .surgeon_kfac import column_costs, damped_inverse, remove_columns, remove_rows, row_costs
 
@@ -68,12 +68,13 @@ def update(
 
 def _sides(group: Group) -> list[_Side]:
     every = torch.arange(group.units)
-    silencing = group.producers[-1:] if group.structure == "heads" else group.producers  # of heads, the values
     sides = [_Side(group.consumer, consumer_columns(group, every).view(group.units, -1))]
-    for producer in silencing:
-        rows = producer_rows(group, producer, every).view(producer.parts, group.units, -1)[-1]
-        sides.append(_Side(producer.linear, rows))
-    return sides
+    if group.shares_key_value:
+        return sides  # the value serves all units
+    # of heads, the values; of neurons, each; they stand last in what makes more than them
+    last = 1 if group.structure == "neurons" else group.width // group.query_heads
+    silencing = group.producers[-1:] if group.structure == "heads" else group.producers
+    return [*sides, *(_Side(producer.linear, producer.rows(group.units)[:, -last:]) for producer in silencing)]
 
 
 def _costs(group: Group, factors: Mapping[nn.Module, Factors], damping: float) -> Tensor:

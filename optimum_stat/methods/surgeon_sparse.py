@@ -48,8 +48,8 @@ def check(model: nn.Module) -> None:
 
 
 def linears_of(group: Group) -> list[nn.Module]:
-    """A group's layers in the order of the forward pass."""
-    return [*(producer.linear for producer in group.producers), group.consumer]
+    """A group's layers in the order of the forward pass, but for those that read relative positions, too or alone."""
+    return [*(producer.linear for producer in group.producers if producer.tokens_only), group.consumer]
 
 
 def nonzeros(model: nn.Module) -> tuple[int, int]:

@@ -1,0 +1,122 @@
+"""What transformers calls the parts of a block, and what names and shapes do not tell about some families.
+
+With `families`, which reads it, the only file that knows model names. A family whose parts have names that stand here needs no
+entry; one line in `FAMILIES` says that it has been tested, and what else there is to know about it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+QUERY_KEY_VALUE = (
+    ("q_proj", "k_proj", "v_proj"),
+    ("query", "key", "value"),
+    ("q_lin", "k_lin", "v_lin"),
+    ("query_proj", "key_proj", "value_proj"),
+)
+"""Three linears, side by side in the attention module."""
+FUSED = ("c_attn", "qkv_proj", "query_key_value", "Wqkv", "in_proj")
+"""One linear that makes all three; how its rows are ordered only the family's entry tells."""
+ATTENTION_OUT = ("o_proj", "out_proj", "c_proj", "dense", "out_lin", "Wo")
+ATTENTION_OUT_BESIDE = "output.dense"
+"""Where it stands beside the attention module instead of in it."""
+OF_POSITIONS = ("pos_key_proj", "pos_query_proj", "pos_proj", "pos_q_proj")
+"""Linears in the attention module that make keys and queries out of relative positions."""
+PER_HEAD = ("q_norm.weight", "k_norm.weight", "q_bias", "v_bias")
+"""Parameters of the attention module that hold an equal share for each head, unless all heads share one."""
+NORMS_OVER_HEADS = ("q_norm.weight", "k_norm.weight")
+"""Those that scale what has been divided by its root mean square; one-dimensional and of all heads, by that of all heads."""
+NEURONS = (
+    (("gate_proj", "up_proj"), "down_proj"),
+    (("gate_up_proj",), "down_proj"),
+    (("up_proj",), "down_proj"),
+    (("fc1",), "fc2"),
+    (("lin1",), "lin2"),
+    (("c_fc",), "c_proj"),
+    (("dense_h_to_4h",), "dense_4h_to_h"),
+    (("intermediate.dense",), "output.dense"),
+    (("ffn",), "ffn_output"),
+    (("Wi",), "Wo"),
+)
+"""The linears that make neurons, of a gate and what it gates stacked in one or in two, and the one that reads them."""
+EXPERTS = "experts"
+NORM_BEFORE_ATTENTION = ("input_layernorm", "attention_layernorm", "attn_norm", "ln_1", "ln_attn", "self_attn_layer_norm")
+NORM_BEFORE_NEURONS = (
+    "pre_feedforward_layernorm",
+    "feedforward_layernorm",
+    "mlp_norm",
+    "ln_2",
+    "ln_mlp",
+    "final_layer_norm",
+    "post_attention_layernorm",
+)
+HEAD_COUNTS = ("num_heads", "num_attention_heads", "n_heads")
+KEY_VALUE_COUNTS = ("num_key_value_heads", "num_kv_heads")
+HEADS_PER_KEY_VALUE = "num_key_value_groups"
+HEAD_WIDTHS = ("all_head_size", "split_size", "dim")
+"""Integers of the attention module, or of one around it, that say how many heads there are, or how wide they are together."""
+
+
+@dataclass(frozen=True)
+class Family:
+    """What names and shapes do not tell."""
+
+    causal: bool | None = None
+    """Whether tokens see only what stands before them; None: the attention module says so."""
+    fused: str = ""
+    """The rows of a fused query, key, value: "stacked" (all queries, all keys, all values), or "by head" (one key/value head's
+    queries, key and value together)."""
+    per_layer_config: tuple[str, str, str] | None = None
+    """The config's names for (query heads, key/value heads, neurons), where transformers accepts them layer by layer."""
+    config_reads: tuple[str, ...] = ()
+    """Numbers of query heads that the attention's forward reads from its config."""
+    bias_by_head: tuple[str, ...] = ()
+    """Arguments of the attention module with a share for each of the dense model's heads, made once for all blocks."""
+    refused: tuple[str, str] | None = None
+    """(attribute of the config, why): a model that has it set cannot be pruned."""
+
+
+_LAYERS = ("num_attention_heads", "num_key_value_heads", "intermediate_size")
+_ENCODER = Family(causal=False)
+_DECODER = Family(per_layer_config=_LAYERS)
+FAMILIES: dict[str, Family] = {
+    "albert": _ENCODER,
+    "apertus": _DECODER,
+    "bert": Family(),
+    "bloom": Family(causal=True, fused="by head", bias_by_head=("alibi",)),
+    "cohere": _DECODER,
+    "deberta": Family(causal=False, fused="by head", refused=("talking_head", "its attention mixes the heads' probabilities")),
+    "deberta-v2": _ENCODER,
+    "distilbert": _ENCODER,
+    "electra": Family(),
+    "falcon": Family(fused="by head", bias_by_head=("alibi", "attention_mask")),
+    "gemma": _DECODER,
+    "gemma2": _DECODER,
+    "gemma3_text": _DECODER,
+    "glm": _DECODER,
+    "gpt2": Family(causal=True, fused="stacked"),
+    "gpt_neox": Family(fused="by head"),
+    "granite": _DECODER,
+    "llama": _DECODER,
+    "mistral": _DECODER,
+    "modernbert": Family(causal=False, fused="stacked"),
+    "nemotron": _DECODER,
+    "olmo2": _DECODER,
+    "opt": Family(),
+    "phi": _DECODER,
+    "phi3": Family(fused="stacked", per_layer_config=_LAYERS, config_reads=("num_attention_heads",)),
+    "qwen2": _DECODER,
+    "qwen3": _DECODER,
+    "roberta": Family(),
+    "smollm3": _DECODER,
+    "starcoder2": _DECODER,
+}
+TASK_OF_HEAD = {
+    "CausalLM": "text-generation",
+    "LMHeadModel": "text-generation",
+    "MaskedLM": "fill-mask",
+    "SequenceClassification": "text-classification",
+    "TokenClassification": "token-classification",
+    "QuestionAnswering": "question-answering",
+}
+"""What stands in the class name of a model with a head, and the Hub's name for what that head does."""
