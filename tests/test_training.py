@@ -235,6 +235,31 @@ def test_metrics_before_and_after_go_into_the_card(method: str, family: str, hea
     assert torch.equal(outputs(type(model).from_pretrained(tmp_path / "pruned"), many()[0]), outputs(pruner.model, many()[0]))
 
 
+@pytest.mark.parametrize(
+    ("method", "changes"), [("movement", True), ("movement-filled", True), ("vib", True), ("vib-faster", False)]
+)
+def test_which_weights_train(method: str, changes: bool, monkeypatch: pytest.MonkeyPatch):
+    """All of the blocks', under the masks too; none where only the masks do. What the user froze stays."""
+    model = tiny("bert", "SequenceClassification")
+    frozen = find_groups(model)[1].consumer.weight.requires_grad_(False)
+    before = {name: value.clone() for name, value in model.named_parameters()}
+    pruner = pruner_for(method, model)
+    found: dict[str, bool] = {}
+
+    def repair(*arguments: Any) -> None:
+        found.update({name: not torch.equal(value, before[name]) for name, value in model.named_parameters()})
+        raise Stopped
+
+    monkeypatch.setattr(pruner, "repair", repair)
+    with pytest.raises(Stopped):
+        pruner.prune(labelled(), training_args=QUIET)
+    ours = {name for name, value in before.items() if "encoder" in name and value.dim() == 2}
+    frozen_name = next(name for name, value in model.named_parameters() if value is frozen)
+    assert len(ours) == 12
+    assert not found[frozen_name]
+    assert {found[name] for name in ours - {frozen_name}} == {changes}
+
+
 def test_a_larger_teacher():
     model = tiny("bert", "SequenceClassification")
     teacher = tiny("bert", "SequenceClassification", seed=3, num_hidden_layers=3, hidden_size=40)
