@@ -162,7 +162,8 @@ class TrainedPruner(Pruner[T]):
         masks = self.make_masks(groups, batches)
         finished = Path(args.output_dir) / FINETUNE / MASKED
         names = own.trainable if self.trains_weights else []
-        with masks_in(self.model, masks), trainable(self.model, names):
+        # in this order: masks may give the weights other names
+        with trainable(self.model, names), masks_in(self.model, masks):
             for parameter in masks.parameters():
                 parameter.requires_grad_(True)
             masks.to(args.device)

@@ -260,13 +260,22 @@ def values_restored_on_error(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def lent(model: PreTrainedModel) -> Iterator[None]:
-    """Trainer moves the model to the device that it trains on, and writes into its config."""
-    device, spread = device_of(model), getattr(model, "hf_device_map", None)
+    """Trainer moves the model to the device that it trains on, and writes into its config.
+
+    And transformers, asked for hidden states, hangs hooks into the model that stay, and notes that they hang there.
+    """
+    device, spread, noted = device_of(model), getattr(model, "hf_device_map", None), "_output_capturing_hooks_installed"
     config = dict(model.config.__dict__)
+    hooks = [(module, set(module._forward_hooks), noted in module.__dict__) for module in model.modules()]
     try:
         yield
     finally:
         model.config.__dict__.clear()
         model.config.__dict__.update(config)
+        for module, own, was_noted in hooks:
+            for hook in module._forward_hooks.keys() - own:
+                del module._forward_hooks[hook]
+            if not was_noted:
+                module.__dict__.pop(noted, None)
         if spread is None:
             model.to(device)

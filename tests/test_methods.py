@@ -46,8 +46,8 @@ RECIPES: dict[str, tuple[type[Pruner[Any]], Callable[..., PruningConfig]]] = {
         MovementPruner,
         lambda **asked: MovementConfig(distill=1.0, variant="hybrid-filled", block_size=8, finetune_epochs=1, **asked),
     ),
-    "vib": (VIBPruner, lambda **asked: VIBConfig(distill=1.0, **asked)),
-    "vib-faster": (VIBPruner, lambda **asked: VIBConfig(distill=1.0, masks_only=True, **asked)),
+    "vib": (VIBPruner, lambda **asked: VIBConfig(distill=1.0, batch_size=2, **asked)),
+    "vib-faster": (VIBPruner, lambda **asked: VIBConfig(distill=1.0, batch_size=2, masks_only=True, **asked)),
 }
 """Every way of pruning that must hold the promises below; a new method adds its lines here."""
 TRAINED = [recipe for recipe, (pruner, _) in RECIPES.items() if issubclass(pruner, TrainedPruner)]

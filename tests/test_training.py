@@ -153,7 +153,9 @@ def test_a_run_that_diverges_stops_and_says_where_the_last_good_state_is(method:
     wild = {"learning_rate": 1e19, "max_grad_norm": 0.0, "num_train_epochs": 3}
     args = {**QUIET, **wild, "output_dir": str(tmp_path), "save_steps": 1}
     asked = {"mask_learning_rate": 1e30} if method == "vib-faster" else {}
-    with pytest.raises(Diverged, match=r"diverged in step \d+ of 18: .*; the last good state is (.*)\. Lower") as caught:
+    with pytest.raises(
+        Diverged, match=r"in step \d+ of 18: the loss is (nan|-?inf)\. .*; the last good state is (.*)\. Lower"
+    ) as caught:
         pruner_for(method, model, **asked).prune(labelled(), training_args=args)
     after = model.state_dict()
     assert all(torch.equal(after[name], before[name]) for name in before)
@@ -231,6 +233,31 @@ def test_metrics_before_and_after_go_into_the_card(method: str, family: str, hea
     assert re.search(r"--training-args .*eval_strategy=epoch", card)
     assert str(tmp_path) not in card
     assert torch.equal(outputs(type(model).from_pretrained(tmp_path / "pruned"), many()[0]), outputs(pruner.model, many()[0]))
+
+
+@pytest.mark.parametrize(
+    ("method", "changes"), [("movement", True), ("movement-filled", True), ("vib", True), ("vib-faster", False)]
+)
+def test_which_weights_train(method: str, changes: bool, monkeypatch: pytest.MonkeyPatch):
+    """All of the blocks', under the masks too; none where only the masks do. What the user froze stays."""
+    model = tiny("bert", "SequenceClassification")
+    frozen = find_groups(model)[1].consumer.weight.requires_grad_(False)
+    before = {name: value.clone() for name, value in model.named_parameters()}
+    pruner = pruner_for(method, model)
+    found: dict[str, bool] = {}
+
+    def repair(*arguments: Any) -> None:
+        found.update({name: not torch.equal(value, before[name]) for name, value in model.named_parameters()})
+        raise Stopped
+
+    monkeypatch.setattr(pruner, "repair", repair)
+    with pytest.raises(Stopped):
+        pruner.prune(labelled(), training_args=QUIET)
+    ours = {name for name, value in before.items() if "encoder" in name and value.dim() == 2}
+    frozen_name = next(name for name, value in model.named_parameters() if value is frozen)
+    assert len(ours) == 12
+    assert not found[frozen_name]
+    assert {found[name] for name in ours - {frozen_name}} == {changes}
 
 
 def test_a_larger_teacher():

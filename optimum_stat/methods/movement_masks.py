@@ -165,21 +165,24 @@ class MovementMasks(Masks):
                 low, high = (middle, high) if self._count(ranks, total - middle) <= share * weights else (low, middle)
             high = low
         units = self._of_units(ranks)
-        alive = {name: _alive(own, total - high) for name, own in units.items()}
+        lowest = {name: _lowest(own, total - high) for name, own in units.items()}
+        alive = {name: own >= lowest[name] for name, own in units.items()}
         self.plan = {}
         for name, own in units.items():
             count = min(k for k in self._size.sizes[name] if k >= int(alive[name].sum()))
             order = (own + total * alive[name]).argsort(descending=True, stable=True)
             self.plan[name] = order[:count].sort().values
-        self._set([rank >= total - high for rank in ranks], alive)
+        name_of = {place: layer.group.name for layer, place in self.places.items()}
+        self._set([rank >= lowest[name_of[place]] for place, rank in enumerate(ranks)], alive)
 
     def _count(self, ranks: list[Tensor], lowest: int) -> int:
         count, units = 0, self._of_units(ranks)
         for name, own in self.layers.items():
-            alive = _alive(units[name], lowest)
+            here = _lowest(units[name], lowest)
+            alive = units[name] >= here
             for layer in own:
                 if layer.block_size:
-                    count += layer.count(ranks[self.places[layer]] >= lowest, alive)
+                    count += layer.count(ranks[self.places[layer]] >= here, alive)
                 else:
                     count += int(alive.sum()) * layer.shape[0] * layer.shape[1] // len(alive)
         return count
@@ -212,10 +215,9 @@ def _flags(count: int, units: Tensor) -> Tensor:
     return torch.zeros(count, dtype=torch.bool).index_fill_(0, units, True)
 
 
-def _alive(units: Tensor, lowest: int) -> Tensor:
-    """Units of rank `lowest` or better; never none: a block without a head or a neuron is no block."""
-    alive = units >= lowest
-    return alive if bool(alive.any()) else _flags(len(units), units.argmax()[None])
+def _lowest(units: Tensor, lowest: int) -> int:
+    """The rank that stays in one group: `lowest`, or that of its best unit: a block without a head or a neuron is no block."""
+    return min(lowest, int(units.max()))
 
 
 def _ranks(values: list[Tensor]) -> list[Tensor]:
