@@ -72,8 +72,11 @@ def _source(path: str) -> str | None:
     return f"./{path}" if is_plain_folder else path or None
 
 
-def refuse_quantized(model: nn.Module) -> None:
-    """Raise if the weights are really quantized: they cannot be corrected."""
+def refuse_unprunable(model: nn.Module) -> None:
+    """Raise if the weights are really quantized, so that they cannot be corrected, or if the model does not read tokens."""
+    reads = getattr(model, "main_input_name", "input_ids")
+    if reads != "input_ids":
+        raise ValueError(f"{type(model).__name__} reads {reads}; only models that read token ids can be pruned so far.")
     if getattr(model, "is_quantized", False) or getattr(getattr(model, "config", None), "quantization_config", None):
         method = getattr(model, "quantization_method", None) or "an unknown method"
         raise ValueError(

@@ -73,7 +73,7 @@ class Pruner(ABC, Generic[C]):
         While somebody else holds the model, its old weights are kept until pruning has succeeded, to put them back if it
         does not; that needs memory for a second model.
         """
-        checkpoint.refuse_quantized(model)
+        checkpoint.refuse_unprunable(model)
         find_groups(model)  # an unknown family is refused here, before any data is read
         self._model: PreTrainedModel | None = model
         self.config, self.tokenizer, self.source = config, tokenizer, source

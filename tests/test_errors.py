@@ -15,7 +15,7 @@ from datasets import Dataset, DatasetDict
 from test_checkpoint import tokenizer
 from tiny import batches, many, outputs, tiny
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, ViTConfig, ViTForImageClassification
 
 from optimum_stat import STATConfig, STATPruner
 from optimum_stat.families import find_groups
@@ -295,3 +295,10 @@ def test_a_full_disk(limit: int, pruner: STATPruner, unharmed: Path):
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert "Make room or choose another place" in str(caught.value)
     assert caught.value.__cause__ is not None
+
+
+def test_models_that_read_no_tokens():
+    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4, "intermediate_size": 48}
+    model = ViTForImageClassification(ViTConfig(image_size=16, patch_size=8, **sizes))
+    with pytest.raises(ValueError, match="ViTForImageClassification reads pixel_values; only models that read token ids"):
+        STATPruner.from_pretrained(model)
