@@ -63,6 +63,7 @@ def render(recipe: dict[str, Any], repo_id: str, paper: Paper) -> str:
         grouped=recipe["record"]["heads"] != recipe["record"]["key_value_heads"],
         zeros=report.get("counts") == "weights",
         training=report.get("training"),
+        passes=sum(value for name, value in recipe["config"].items() if name.endswith("_epochs")),
         notes=_notes(report["groups"]),
         config_json=json.dumps(recipe["config"]),
         asks=_asks(recipe["config"]),

@@ -188,3 +188,13 @@ def test_an_edited_card_is_noticed(folder: Path, tmp_path: Path):
     (tmp_path / "one" / "recipe.json").write_text(json.dumps(recipe))
     (tmp_path / "one" / "README.md").write_text(card)
     assert list(edited_cards(tmp_path)) == ["one"]
+
+
+def test_the_card_says_whether_weights_were_trained():
+    recipe = json.loads((CARDS / "smollm2-135m-75" / "recipe.json").read_text())
+    text = render(recipe, "me/small", PAPERS["stat"])
+    assert "corrected, without retraining." in text
+    recipe["config"]["distill_epochs"] = 3
+    text = render(recipe, "me/small", PAPERS["stat"])
+    assert "corrected, and trained for 3 passes over the calibration data." in text
+    assert "without retraining" not in text
