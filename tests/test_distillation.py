@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_methods import EACH_RECIPE, pruner_for
+from test_methods import TRAINED, WITHOUT_TRAINING, pruner_for
 from tiny import HIDDEN, batches, many, outputs, tiny
 from torch import Tensor, nn
 
@@ -58,7 +58,7 @@ def test_the_gradient_is_that_of_the_divergence(head: str) -> None:
         torch.testing.assert_close(mine, parameter.grad, rtol=1e-3, atol=1e-5)
 
 
-@EACH_RECIPE
+@pytest.mark.parametrize("recipe", WITHOUT_TRAINING)
 def test_it_comes_closer_to_the_dense_model_on_data_it_has_not_seen(recipe: str) -> None:
     *seen, unseen = many(3000)
     divergences = []
@@ -152,3 +152,9 @@ def test_shared_blocks_learn_once() -> None:
 def test_bad_epochs_are_refused(wrong: Any) -> None:
     with pytest.raises(ValueError, match=r"distill_epochs=.* whole number"):
         STATConfig(distill_epochs=wrong)
+
+
+@pytest.mark.parametrize("recipe", TRAINED)
+def test_methods_that_train_have_a_teacher_of_their_own(recipe: str) -> None:
+    with pytest.raises(ValueError, match="distill_epochs=2 asked; methods that train have a teacher all along"):
+        pruner_for(recipe, tiny("bert"), distill_epochs=2)

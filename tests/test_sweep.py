@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_methods import EACH_RECIPE, RECIPES, pruner_for
+from test_methods import TRAINED, WITHOUT_TRAINING, pruner_for
 from tiny import batches, many, outputs, tiny
 from transformers import AutoModelForCausalLM
 
@@ -23,7 +23,7 @@ def sizes(report: Any) -> dict[str, int]:
     return {group.name: group.kept for group in report.groups}
 
 
-@EACH_RECIPE
+@pytest.mark.parametrize("recipe", WITHOUT_TRAINING)
 @pytest.mark.parametrize("budget", ["params", "macs"])
 def test_a_family_falls_in_size_keeps_its_budgets_and_leaves_the_model_alone(recipe: str, budget: str) -> None:
     model = tiny("llama")
@@ -42,7 +42,7 @@ def test_a_family_falls_in_size_keeps_its_budgets_and_leaves_the_model_alone(rec
     assert not hasattr(model.config, "stat_pruning")
 
 
-@pytest.mark.parametrize("recipe", [recipe for recipe in RECIPES if "surgeon" not in recipe])
+@pytest.mark.parametrize("recipe", [recipe for recipe in WITHOUT_TRAINING if "surgeon" not in recipe])
 def test_each_of_a_family_is_the_model_that_prune_makes(recipe: str) -> None:
     for small in pruner_for(recipe, tiny("llama")).sweep(many(), KEEP):
         alone = pruner_for(recipe, tiny("llama"), keep=small.config.keep)
@@ -85,7 +85,7 @@ def test_each_of_a_family_saves_and_loads(tmp_path: Any) -> None:
         assert torch.equal(outputs(again, batches()[0]), outputs(small.model, batches()[0]))
 
 
-@EACH_RECIPE
+@pytest.mark.parametrize("recipe", WITHOUT_TRAINING)
 def test_a_plan_is_what_prune_would_do_and_changes_nothing(recipe: str) -> None:
     model = tiny("bert")
     before = copy.deepcopy(model.state_dict())
@@ -138,3 +138,14 @@ def test_bad_shares_are_refused_before_any_work() -> None:
         pruner.sweep(many(), [0.5, 0.01])
     with pytest.raises(ValueError, match="A plan asked of a method that makes zeros"):
         SurgeonPruner(tiny("bert"), SurgeonConfig(structure="elements")).plan(many())
+
+
+@pytest.mark.parametrize("recipe", TRAINED)
+def test_methods_that_train_make_one_size_at_a_time(recipe: str) -> None:
+    model = tiny("bert")
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(ValueError, match="trains towards one size: prune to each by itself"):
+        next(pruner_for(recipe, model).sweep(many(), KEEP))
+    with pytest.raises(ValueError, match="trains towards one size"):
+        pruner_for(recipe, model).plan(many(), KEEP)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
