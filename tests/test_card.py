@@ -194,6 +194,8 @@ def test_the_card_says_whether_weights_were_trained():
     recipe = json.loads((CARDS / "smollm2-135m-75" / "recipe.json").read_text())
     text = render(recipe, "me/small", PAPERS["stat"])
     assert "corrected, without retraining." in text
+    recipe["config"]["distill_epochs"] = 1
+    assert "corrected, and trained for 1 pass over the calibration data." in render(recipe, "me/small", PAPERS["stat"])
     recipe["config"]["distill_epochs"] = 3
     text = render(recipe, "me/small", PAPERS["stat"])
     assert "corrected, and trained for 3 passes over the calibration data." in text
