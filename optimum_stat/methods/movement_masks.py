@@ -135,8 +135,10 @@ class MovementMasks(Masks):
         found = {}
         for name, own in self.layers.items():
             here = [values[self.places[layer]] for layer in own]
-            best = [layer.units_best(value) for layer, value in zip(own, here, strict=True)] if own[0].block_size else here[:1]
-            found[name] = torch.stack(best).amin(0)
+            if own[0].block_size:  # a layer whose rows serve all units alike says nothing of any of them
+                pairs = zip(own, here, strict=True)
+                here = [layer.units_best(value) for layer, value in pairs if (layer.unit_of < layer.group.units).any()]
+            found[name] = torch.stack(here if own[0].block_size else here[:1]).amin(0)
         return found
 
     def _to_units(self, values: list[Tensor], share: float, threshold: float) -> None:

@@ -67,8 +67,8 @@ class Layer:
         lines = values.amax(0 if self.is_consumer else 1).repeat_interleave(self.block_size)[: len(self.unit_of)]
         own, units = self.unit_of < self.group.units, self.group.units
         at = (self.run_of * units + self.unit_of)[own].to(lines.device)
-        best = torch.full(((int(self.run_of.max()) + 1) * units,), -torch.inf, device=lines.device)
-        best = best.scatter_reduce(0, at, lines[own.to(lines.device)].float(), "amax")
+        best = torch.full(((int(self.run_of.max()) + 1) * units,), -torch.inf, dtype=torch.float64, device=lines.device)
+        best = best.scatter_reduce(0, at, lines[own.to(lines.device)].double(), "amax")
         return best.view(-1, units).amin(0).to(lines.dtype)
 
     def count(self, blocks: Tensor, alive: Tensor) -> int:
