@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import logging
 from typing import Any
 
 import torch
@@ -12,9 +11,8 @@ from transformers.utils.logging import tqdm
 
 from .data import Batches
 from .families import find_blocks
-from .probes import device_of, predictions, small_parts
+from .probes import device_of, predictions, quiet, small_parts
 
-logger = logging.getLogger(__name__)
 RATE = 0.001
 """Largest step of a weight, as a share of the root mean square of its tensor."""
 WARM_UP = 0.1  # of all steps
@@ -42,8 +40,7 @@ def distill(model: nn.Module, teacher: nn.Module, batches: Batches, epochs: int,
     optimizer = torch.optim.AdamW([{"params": [master]} for master in masters], betas=(0.9, 0.95), weight_decay=0.0)
     parts, generator = small_parts(batches), torch.Generator().manual_seed(seed)
     order = [int(at) for _ in range(epochs) for at in torch.randperm(len(parts), generator=generator)]
-    teacher.eval()
-    with torch.enable_grad():
+    with quiet(teacher), torch.enable_grad():
         for step, at in enumerate(tqdm(order, desc="Distilling", unit="batch")):
             _backward(model, teacher, {name: value.to(device_of(model)) for name, value in parts[at][0].items()})
             share = min((step + 1) / (WARM_UP * len(order)), 1 - step / len(order))

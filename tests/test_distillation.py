@@ -158,3 +158,11 @@ def test_bad_epochs_are_refused(wrong: Any) -> None:
 def test_methods_that_train_have_a_teacher_of_their_own(recipe: str) -> None:
     with pytest.raises(ValueError, match="distill_epochs=2 asked; methods that train have a teacher all along"):
         pruner_for(recipe, tiny("bert"), distill_epochs=2)
+
+
+def test_a_model_that_returns_tuples_learns_too() -> None:
+    model = tiny("llama", return_dict=False)
+    pruner = STATPruner(model, STATConfig(keep=0.6, distill_epochs=1))
+    pruner.prune(many())
+    assert "distill" in pruner.report.stages
+    assert not model.config.return_dict

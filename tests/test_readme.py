@@ -86,3 +86,21 @@ def test_file_tree_is_true():
     named = set(re.findall(r"[\w/]+\.py", section))
     assert all((ROOT / "optimum_stat" / name).is_file() for name in named)
     assert {"pruner.py", "families.py", "methods/stat.py"} <= named
+
+
+def test_defaults_in_the_tables_are_those_of_the_code():
+    import optimum_stat
+
+    seen = 0
+    for name, table in re.findall(r"^\| field(?: of `(\w+)`)? \| default \|[^\n]*\n((?:\|[^\n]*\n)+)", README, flags=re.M):
+        before = README[: README.index(table)]
+        config = getattr(optimum_stat, name or re.findall(r"`(\w+Config)`", before)[-1])().to_dict()
+        for fields, default in re.findall(r"^\| ([^|]+) \| ([^|]*) \|", table, flags=re.M)[1:]:
+            fields, values = re.findall(r"`(\w+)`", fields), [value.strip('` "') for value in default.split(",")]
+            for field, value in zip(fields, values * (len(fields) if len(values) == 1 else 1), strict=False):
+                words = {"none": "None", "all": "None"}
+                if value and default.strip():
+                    actual = str(config[field])
+                    assert words.get(value, value) in (actual, actual.removesuffix(".0")), (field, value, actual)
+                    seen += 1
+    assert seen > 25
