@@ -112,10 +112,11 @@ def _first(module: nn.Module, names: tuple[str, ...]) -> nn.Module | None:
 
 def _all(module: nn.Module, names: tuple[str, ...]) -> list[nn.Module]:
     """All of them, or none; linears only."""
-    found = [each for name in names if (each := at(module, name)) is not None and _is_linear(each)]
+    found = [each for name in names if (each := at(module, name)) is not None and is_linear(each)]
     return found if len(found) == len(names) else []
 
 
-def _is_linear(module: Any) -> bool:
+def is_linear(module: Any) -> bool:
+    """Whether it multiplies by a matrix: a Linear, or GPT-2's Conv1D."""
     value = getattr(module, "weight", None)
     return isinstance(value, Tensor) and value.dim() == 2 and not isinstance(module, nn.Embedding)

@@ -55,6 +55,8 @@ KEY_VALUE_COUNTS = ("num_key_value_heads", "num_kv_heads")
 HEADS_PER_KEY_VALUE = "num_key_value_groups"
 HEAD_WIDTHS = ("all_head_size", "split_size", "dim")
 """Integers of the attention module, or of one around it, that say how many heads there are, or how wide they are together."""
+LAYER_INDEX = ("layer_idx", "layer_id")
+"""Integers of a block's modules that say which block it is."""
 
 
 @dataclass(frozen=True)

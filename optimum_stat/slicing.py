@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .families import Group, Producer, find_blocks, find_groups, weight
+from .families import Group, Producer, find_groups, weight
 
 Plan = Mapping[str, Tensor]
 """Group name -> the units to keep, in the order in which they shall stand afterwards."""
@@ -153,14 +153,14 @@ class OwnHeads:
 
 @contextmanager
 def restored_on_error(model: nn.Module) -> Iterator[None]:
-    """Put the parameters and sizes of all blocks back if the enclosed work fails or is interrupted.
+    """Put all parameters, sizes, blocks and the config back if the enclosed work fails or is interrupted.
 
     Keeps the old weights alive until the end, so the peak holds the dense model beside the pruned one; what must not be
     changed in place is every parameter: replace it, as `set_weight` does.
     """
-    modules = dict.fromkeys(find_blocks(model).modules())
-    modules |= {module: None for group in find_groups(model) for module in _touched(group)}
-    before = [(module, dict(module.__dict__), [dict(module.__dict__[name]) for name in _CHANGED]) for module in modules]
+    before = [(module, dict(module.__dict__), [dict(module.__dict__[name]) for name in _CHANGED]) for module in model.modules()]
+    config: Any = model.config
+    values = dict(vars(config))
     try:
         yield
     except BaseException:
@@ -170,17 +170,9 @@ def restored_on_error(model: nn.Module) -> Iterator[None]:
             for name, content in zip(_CHANGED, contents, strict=True):
                 attributes[name].clear()
                 attributes[name].update(content)
+        vars(config).clear()
+        vars(config).update(values)
         raise
 
 
 _CHANGED = ("_parameters", "_forward_pre_hooks", "_forward_pre_hooks_with_kwargs")
-
-
-def _touched(group: Group) -> Iterator[nn.Module]:
-    """Everything that slicing a group changes."""
-    yield from (producer.linear for producer in group.producers)
-    yield group.consumer
-    yield from (module for module, _ in group.vectors)
-    yield from (module for module, _, _ in group.counts)
-    if group.biased is not None:
-        yield group.biased[0]

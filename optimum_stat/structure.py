@@ -13,17 +13,23 @@ from typing import Any
 import torch
 from torch import nn
 
-from .families import Group, family_of, find_groups, head_dim
+from .families import Group, family_of, find_groups, head_dim, weight
 from .slicing import keep_heads, kept_heads, set_count, slice_group
+from .stream import narrow
 
 KEY = "stat_pruning"
 FORMAT = 1
 SIZES = ("heads", "key_value_heads", "neurons")
+HIDDEN = "hidden"  # dimensions of the residual stream: only where some went
 HEADS = "kept_heads"  # which ones, block by block: only where a bias that is made for all blocks has a share for each
 
 
-def describe(model: nn.Module) -> dict[str, Any]:
-    """The record: a format number and, block by block, query heads, key/value heads and neurons."""
+def describe(model: Any) -> dict[str, Any]:
+    """The record: a format number and, block by block, query heads, key/value heads and neurons.
+
+    With the width of the residual stream, if it is not `config.hidden_size`. Dropped blocks need no record: the config has
+    as many layers as are left.
+    """
     sizes: dict[str, list[int]] = {name: [] for name in SIZES}
     groups = find_groups(model)
     for group in groups:
@@ -33,7 +39,9 @@ def describe(model: nn.Module) -> dict[str, Any]:
         else:
             sizes["neurons"].append(group.units)
     biased = [kept_heads(group) for group in groups if group.biased is not None]
-    return {"format": FORMAT, **sizes, **({HEADS: biased} if biased else {})}
+    width = weight(groups[0].consumer).shape[0]
+    narrowed = {} if width == model.config.hidden_size else {HIDDEN: width}
+    return {"format": FORMAT, **sizes, **narrowed, **({HEADS: biased} if biased else {})}
 
 
 def write_record(model: nn.Module) -> None:
@@ -61,6 +69,8 @@ def replay(model: nn.Module) -> None:
     if record is None:
         return
     _check_form(record)
+    if HIDDEN in record:
+        _narrow(model, record[HIDDEN])
     groups = find_groups(model)
     by_structure = {structure: [group for group in groups if group.structure == structure] for structure in ("heads", "neurons")}
     for name in SIZES:
@@ -109,13 +119,23 @@ def _check_form(record: Any) -> None:
             f"{KEY} in config.json has format {found!r}; this optimum-stat reads format {FORMAT}. "
             "A newer optimum-stat may know it: pip install -U optimum-stat."
         )
-    unknown = sorted(record.keys() - {"format", *SIZES, HEADS})
+    unknown = sorted(record.keys() - {"format", *SIZES, HIDDEN, HEADS})
     if unknown:
         raise ValueError(f"{KEY} in config.json holds {', '.join(unknown)}, which format {FORMAT} does not have.")
     for name in SIZES:
         sizes = record.get(name)
         if not isinstance(sizes, list) or not all(type(size) is int for size in sizes):
             raise ValueError(f"{KEY} in config.json must hold a list of whole numbers for {name!r}; it holds {sizes!r}.")
+
+
+def _narrow(model: Any, width: Any) -> None:
+    now = weight(find_groups(model)[0].consumer).shape[0]
+    if type(width) is not int or not 1 <= width <= now:
+        raise ValueError(
+            f"{KEY} in config.json records a residual stream of {width!r} dimensions; the dense model has {now}, so it must be a "
+            f"whole number between 1 and {now}. Was config.json edited, or is it another model's?"
+        )
+    narrow(model, torch.arange(width, device="cpu"))
 
 
 def _cut(group: Group, size: int) -> None:

@@ -29,6 +29,7 @@ LAYERS = (
         "budget",
         "knapsack",
         "slicing",
+        "stream",
         "structure",
         "latency",
         "currency",

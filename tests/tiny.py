@@ -97,6 +97,8 @@ LLAMAS = tuple(name for name in DECODERS if name.split(",")[0] not in ("bloom", 
 """Those with a record of transformers' own for sizes layer by layer; all but one have grouped-query attention."""
 CORE = ("bert", "gpt2", "llama", "opt", "qwen2")
 """What is combined with everything in every run of the tests; the others wait for `make test-all`."""
+FIXED_STREAM: tuple[str, ...] = ()
+"""Their residual streams cannot be narrowed."""
 INEXACT = ("olmo2",)
 """Dropping a head changes what the others do: a norm over all of them."""
 
