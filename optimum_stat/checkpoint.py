@@ -59,7 +59,7 @@ def load(
     if path.endswith(".gguf"):  # as recipes and cards name it, see the return value
         path, _, kwargs["gguf_file"] = path.rpartition("/")
     shared = {name: kwargs[name] for name in CONFIG_ARGUMENTS if name in kwargs}
-    model = _auto_class(path, task, shared).from_pretrained(path, **kwargs)
+    model = auto_class(path, task, shared).from_pretrained(path, **kwargs)
     _forget_gguf(model)
     if tokenizer is None:
         tokenizer = _tokenizer(path, shared)
@@ -207,7 +207,7 @@ def check_record(model: PreTrainedModel) -> None:
         )
 
 
-def _auto_class(path: str, task: str | None, shared: dict[str, Any]) -> Any:
+def auto_class(path: str, task: str | None, shared: dict[str, Any]) -> Any:
     """The class that `config.architectures` names, or the Auto class of `task`."""
     if task is not None:
         if task not in TASKS:

@@ -17,6 +17,7 @@ from typing import Any
 PACKAGE = Path(__file__).parent
 DEFAULT_METHOD = "stat"
 READING = ("seq_len", "num_tokens", "max_examples", "batch_size", "seed")
+PLANNING = ("keep", "budget", "round_to", "seq_len", "num_tokens", "max_examples", "batch_size")
 
 
 @dataclass(frozen=True)
@@ -106,6 +107,19 @@ def add_reading_options(parser: argparse.ArgumentParser) -> None:
             _add_field(group, whole, _help(whole))
 
 
+def add_planning_options(parser: argparse.ArgumentParser) -> None:
+    """What a run's size depends on: the shared fields, and the metric of the default method."""
+    group = parser.add_argument_group("how much to keep, and on how much data to decide it")
+    for field in (*shared_fields(), *methods()[DEFAULT_METHOD]):
+        if field.name in (*PLANNING, "metric"):
+            _add_field(group, field, _help(field))
+
+
+def given_planning(args: argparse.Namespace) -> dict[str, Any]:
+    """What the user gave of `add_planning_options`."""
+    return {name: value for name, value in vars(args).items() if name in (*PLANNING, "metric")}
+
+
 def given_reading(args: argparse.Namespace) -> dict[str, Any]:
     """What the user gave of `add_reading_options`."""
     return {name: value for name, value in vars(args).items() if name in READING}
@@ -162,6 +176,27 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--revision", help="branch, tag or commit of the model's repo")
     group.add_argument("--gguf-file", metavar="NAME", help="load this file of the model's folder or repo")
     group.add_argument("--trust-remote-code", action="store_true", help="run the Python code that the model's repo holds")
+
+
+def add_placing_options(parser: Any) -> None:
+    """Where the weights lie."""
+    parser.add_argument(
+        "--max-memory",
+        nargs="+",
+        metavar="DEVICE=SIZE",
+        help="as in transformers, such as cpu=8GiB 0=20GiB: what does not fit is offloaded, to the CPU or the disk",
+    )
+
+
+def given_max_memory(args: argparse.Namespace) -> dict[int | str, int | str] | None:
+    """`--max-memory`, in the words of transformers. Raises ValueError if a part of it has no size."""
+    if not args.max_memory:
+        return None
+    pairs = [part.partition("=") for part in args.max_memory]
+    wrong = next((name for name, _, size in pairs if not name or not size), None)
+    if wrong is not None:
+        raise ValueError(f"--max-memory {' '.join(args.max_memory)} asked; it takes DEVICE=SIZE, such as cpu=8GiB 0=20GiB.")
+    return {int(name) if name.isdigit() else name: int(size) if size.isdigit() else size for name, _, size in pairs}
 
 
 def add_output_options(parser: argparse.ArgumentParser) -> None:

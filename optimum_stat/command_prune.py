@@ -63,7 +63,7 @@ class SweepCommand(Command):
         parser.description = (
             "Prune a model to several sizes from one calibration. Each goes into a folder of its own in OUTPUT, named by the "
             "share that it keeps, beside sweep.json with the table that is printed. Without OUTPUT nothing is cut: the table "
-            "says what would be kept, and which error the method expects."
+            "says what would be kept, and which error the method expects. (`plan` says, without data, what a run would take.)"
         )
         parser.add_argument("output", metavar="OUTPUT", nargs="?", type=Path, help="folder to write, new or empty")
         parser.add_argument("-m", "--model", required=True, help="a model on the Hub, or a folder")

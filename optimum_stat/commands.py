@@ -14,6 +14,7 @@ from optimum.commands.base import BaseOptimumCLICommand, CommandInfo
 
 from . import __version__, command_data, command_options
 from .command_base import Command, Result, WrongArguments, check_model, device, loading
+from .command_plan import PlanCommand
 from .command_prune import PruneCommand, SweepCommand
 
 
@@ -121,6 +122,7 @@ class StatCommand(BaseOptimumCLICommand):
     SUBCOMMANDS: ClassVar[Any] = (
         CommandInfo(name="prune", help="Prune a model.", subcommand_class=PruneCommand),
         CommandInfo(name="sweep", help="Prune a model to several sizes.", subcommand_class=SweepCommand),
+        CommandInfo(name="plan", help="What a run would take: sizes, memory, time.", subcommand_class=PlanCommand),
         CommandInfo(name="evaluate", help="Measure a pruned model beside its dense one.", subcommand_class=EvaluateCommand),
         CommandInfo(name="inspect", help="Show what is left of each block, or could be.", subcommand_class=InspectCommand),
         CommandInfo(name="autoload", help="Load pruned models in every program.", subcommand_class=AutoloadCommand),
