@@ -22,6 +22,7 @@ from torch import nn
 from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from . import card, remote_code
+from .processes import Processes
 from .structure import KEY, describe
 
 if TYPE_CHECKING:
@@ -87,7 +88,17 @@ def refuse_unprunable(model: nn.Module) -> None:
 
 
 def save(pruner: Pruner[Any], folder: Path, **kwargs: Any) -> None:
-    """Everything of a pruned model into a new or empty folder; written beside it and renamed at the end."""
+    """Everything of a pruned model into a new or empty folder; written beside it and renamed at the end.
+
+    Of several processes the main one writes, and the others wait for it.
+    """
+    processes = Processes.launched()
+    if processes.is_main:
+        _save(pruner, folder, **kwargs)
+    processes.wait()
+
+
+def _save(pruner: Pruner[Any], folder: Path, **kwargs: Any) -> None:
     folder = folder.resolve()  # of a link, the folder that it points to
     _refuse_full_folder(folder)
     check_record(pruner.model)
@@ -106,7 +117,10 @@ def push(
     create_pr: bool = False,
     **kwargs: Any,
 ) -> str:
-    """Upload what `save` writes in one commit; returns its address. `kwargs` go to `model.save_pretrained`."""
+    """Upload what `save` writes in one commit, from the main process; returns its address. kwargs: of `model.save_pretrained`."""
+    processes = Processes.launched()
+    if not processes.is_main:
+        return processes.tell("")
     if (token or get_token()) is None:
         raise ValueError(f"Pushing to {repo_id} needs a token: run `hf auth login`, set HF_TOKEN, or pass token=.")
     check_record(pruner.model)
@@ -126,7 +140,7 @@ def push(
                 create_pr=create_pr,
                 delete_patterns=list(WEIGHTS),
             )
-    return str(commit.commit_url)
+    return processes.tell(str(commit.commit_url))
 
 
 @contextmanager

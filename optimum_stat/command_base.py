@@ -17,6 +17,7 @@ from optimum.commands.base import BaseOptimumCLICommand
 
 Result = tuple[str, dict[str, Any]]
 LOGGER = logging.getLogger("optimum_stat")
+MAIN = int(os.environ.get("RANK", "0")) == 0  # of the processes that a launcher started
 PLAIN = (ValueError, OSError, RuntimeError, ImportError)  # whose messages speak for themselves
 
 
@@ -38,7 +39,7 @@ class Command(BaseOptimumCLICommand):
     def run(self) -> None:
         """Exit codes: 0, 1 (it went wrong), 2 (wrong arguments), 130 (Ctrl-C)."""
         try:
-            with redirect_stdout(sys.stderr), _messages(self.args.quiet):
+            with redirect_stdout(sys.stderr), _messages(self.args.quiet or not MAIN), _parted():
                 text, values = self.work()
         except KeyboardInterrupt:
             _fail(130, "interrupted")
@@ -46,7 +47,8 @@ class Command(BaseOptimumCLICommand):
             if self.args.debug:
                 raise
             _fail(2 if isinstance(error, WrongArguments) else 1, _line(error))
-        print(json.dumps(_finite(values), indent=2) if self.args.json else text)
+        if MAIN:
+            print(json.dumps(_finite(values), indent=2) if self.args.json else text)
 
 
 def check_model(model: str) -> None:
@@ -70,12 +72,32 @@ def device(args: Any) -> Any:
     if args.device_map:
         return None
     asked = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        from accelerate import PartialState
+
+        from .processes import Processes
+
+        Processes.launched(cpu=asked == "cpu")
+        asked = str(PartialState().device) if asked == "cuda" else asked
     try:
         device = torch.device(asked)
         torch.zeros(1, device=device)
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"--device {asked} asked, but it cannot be used: {error}") from error
     return device
+
+
+@contextmanager
+def _parted() -> Iterator[None]:
+    """Leave the other processes properly, if a launcher started several and they were connected."""
+    try:
+        yield
+    finally:
+        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            import torch.distributed
+
+            if torch.distributed.is_initialized():
+                torch.distributed.destroy_process_group()
 
 
 @contextmanager

@@ -27,8 +27,8 @@ def corrected_consumer(
     lost = full[:, rest].T.to(torch.promote_types(full.dtype, torch.float32))
     constant = 1 if with_bias and isinstance(bias, Tensor) else 0
     width = len(columns) + constant
-    gram = torch.zeros(width, width, dtype=torch.float64, device=full.device)
-    cross = torch.zeros(width, len(full), dtype=torch.float64, device=full.device)
+    sums = torch.zeros(width, width + len(full), dtype=torch.float64, device=full.device)
+    gram, cross = torch.split(sums, [width, len(full)], dim=1)
 
     def add(_: Group, z: Tensor) -> None:
         kept = z.index_select(1, columns)
@@ -38,6 +38,7 @@ def corrected_consumer(
         cross.add_(kept.T @ (z.index_select(1, rest) @ lost))
 
     walk.run(group.block, [group], add)
+    walk.processes.add_up(sums)
     change = solve_psd(damped(symmetrize(gram), ridge), cross).T
     corrected = (full[:, columns] + change[:, : len(columns)]).to(full.dtype)
     return corrected, (bias + change[:, -1]).to(bias.dtype) if constant and isinstance(bias, Tensor) else None

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from .budget import Cost, model_cost, options, unit_cost
 from .config import PruningConfig
+from .data import Batches
 from .families import Group, find_groups
 from .latency import LatencyTable, latency_table
 from .probes import quiet
@@ -32,12 +33,14 @@ class Currency:
     """The measured times that a latency budget is about; None under other budgets."""
 
     @classmethod
-    def of(cls, model: Any, config: PruningConfig, seq_len: int, dense: Cost, stage: TimedStage) -> Currency:
-        """Of a dense model; measures its latency if the budget is one."""
+    def of(cls, model: Any, config: PruningConfig, batches: Batches, dense: Cost, stage: TimedStage) -> Currency:
+        """Of a dense model; measures its latency if the budget is one. Several processes count with the main one's times."""
+        seq_len = batches.seq_len
         table = None
         if config.budget == "latency":
             with quiet(model), stage("latency"):
-                table = latency_table(model, config.round_to, config.latency_batch_size, seq_len, config.latency_table)
+                own = latency_table(model, config.round_to, config.latency_batch_size, seq_len, config.latency_table)
+                table = LatencyTable(**batches.processes.tell(own.to_dict()))
         return cls(model, config.budget, config.round_to, seq_len, dense, table)
 
     def limit(self, keep: float) -> float:

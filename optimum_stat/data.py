@@ -19,6 +19,7 @@ from transformers.utils.logging import tqdm
 from optimum_stat.config import PruningConfig
 from optimum_stat.families import task_of
 from optimum_stat.labels import IGNORED, POSITIONS, why_none
+from optimum_stat.processes import ALONE, Processes
 from optimum_stat.rows import INPUTS, Rows, tensors
 
 logger = logging.getLogger(__name__)
@@ -44,6 +45,8 @@ class Batches:
     """What the data was, in one line."""
     labels: tuple[dict[str, Tensor], ...] | None = None
     """One dict an item, under the names that the model's forward has (`labels`, `start_positions`, ...); None: no labels."""
+    processes: Processes = ALONE
+    """Who shares the work. Everybody has all items, so that it is known whose part is whose."""
 
     def warn_if_few(self, columns: int) -> None:
         """Warn if there are fewer than 10 real tokens for each of `columns`, the unknowns of a least-squares problem."""

@@ -13,14 +13,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.utils.logging import tqdm
 
 from .data import Batches
-from .families import Group, task_of, weight
-from .labels import loss_gradients
+from .families import Group, task_of
 
 Visit = Callable[[Group, Tensor], Tensor | None]
-FISHER_TOKENS = 2048  # a diagonal has one number a channel: it needs far fewer tokens than a Gram matrix
 
 
 @contextmanager
@@ -78,38 +75,6 @@ def quiet(model: nn.Module) -> Iterator[None]:
             getattr(module, name).requires_grad_(value)
 
 
-def output_fisher(model: nn.Module, groups: list[Group], batches: Batches, seed: int) -> dict[str, Tensor]:
-    """Diagonal of the Fisher information with respect to each consumer's output, per token: [out], float64.
-
-    `F_c = E[g_c^2]` with g the gradient of the model's own log-likelihood at a consumer's output. No labels: the
-    gradient at the model's output is drawn as `sqrt(p) * e - p <sqrt(p), e>`, e standard normal, whose covariance is
-    the softmax's Fisher `diag(p) - p p^T` exactly; outputs that are not logits count as means of unit-variance Gaussians.
-    One forward and one backward pass over about 2,048 tokens, without gradients of weights. Call it inside `quiet(model)`.
-    """
-    generators = [torch.Generator().manual_seed(seed + output) for output in range(2)]  # start and end: two outputs
-    totals = {group.name: torch.zeros(weight(group.consumer).shape[0], dtype=torch.float64) for group in groups}
-    mask, num_tokens = torch.empty(0), 0
-
-    def add(group: Group, gradient: Tensor) -> None:
-        totals[group.name] += real_rows(gradient, mask).double().square().sum(0).cpu()
-
-    with torch.enable_grad(), on_output_gradient(groups, add), _differentiable_embeddings(model):
-        for inputs in tqdm(_some_examples(batches), desc="Gradients", unit="batch"):
-            inputs = {name: value.to(device_of(model)) for name, value in inputs.items()}
-            mask = inputs["attention_mask"]
-            num_tokens += int(mask.sum())
-            outputs, drawn = drawn_gradients(model(**inputs), mask, generators)
-            torch.autograd.backward(outputs, drawn)
-    return {name: total / num_tokens for name, total in totals.items()}
-
-
-def _some_examples(batches: Batches) -> list[dict[str, Tensor]]:
-    """About FISHER_TOKENS tokens, spread evenly over the data."""
-    parts = [inputs for inputs, _ in small_parts(batches)]
-    stride = max(1, batches.num_tokens // FISHER_TOKENS)
-    return parts[min(stride, len(parts)) // 2 :: stride]
-
-
 def small_parts(batches: Batches) -> list[tuple[dict[str, Tensor], dict[str, Tensor] | None]]:
     """Inputs and labels of all examples, in their order, about 512 tokens at a time: backward passes need memory."""
     parts = []
@@ -130,58 +95,6 @@ def num_predictions(model: nn.Module, batches: Batches) -> int:
     """How many predictions the loss over all data is the sum of: one a token, or one an example."""
     tokenwise = task_of(model) in ("text-generation", "fill-mask", "token-classification", "feature-extraction")
     return batches.num_tokens if tokenwise else batches.num_examples
-
-
-@dataclass(frozen=True)
-class Sensitivity:
-    """Of the loss, at one group; float64, on the CPU."""
-
-    masks: Tensor
-    """Gradient of each example's loss with respect to a factor on each unit, at 1: [examples, units]."""
-    output: Tensor
-    """Sum over tokens of the squared gradient at the consumer's output: [out]."""
-
-
-def sensitivities(
-    model: nn.Module, groups: list[Group], batches: Batches, seed: int, *, from_labels: bool
-) -> dict[str, Sensitivity]:
-    """What the loss says of every unit and of every consumer's output, from one forward and one backward pass over all data.
-
-    The gradient of a factor on a unit is, with z what the consumer reads, `sum z * dL/dz` over the example's tokens and the
-    unit's columns. The loss is the negative log-likelihood of the labels (of the next tokens, for causal language models),
-    summed over the example; or, not `from_labels`, of the model's own predictions: a gradient drawn as `output_fisher` draws
-    it, whose covariance is the exact Fisher information of the output. No gradients of weights are made. Call it inside
-    `quiet(model)`.
-    Source: 2204.09656, where the factor multiplies a head's attention probabilities: the same derivative.
-    """
-    generators = [torch.Generator().manual_seed(seed + output) for output in range(2)]
-    masks: dict[str, list[Tensor]] = {group.name: [] for group in groups}
-    output_sums = {group.name: torch.zeros(weight(group.consumer).shape[0], dtype=torch.float64) for group in groups}
-    mask = torch.empty(0)
-
-    def add(group: Group, z: Tensor, gradient: Tensor) -> None:
-        units = (z * gradient).view(*mask.shape, group.units, group.width).double().sum((1, 3))
-        masks[group.name][-1] = masks[group.name][-1] + units.cpu()  # a shared block runs more than once
-
-    def add_output(group: Group, gradient: Tensor) -> None:
-        output_sums[group.name] += real_rows(gradient, mask).double().square().sum(0).cpu()
-
-    def watch(group: Group, z: Tensor) -> None:
-        z.register_hook(partial(add, group, z.detach()))  # type: ignore[no-untyped-call]
-
-    hooks = on_consumer_input(groups, watch), on_output_gradient(groups, add_output), _differentiable_embeddings(model)
-    with torch.enable_grad(), hooks[0], hooks[1], hooks[2]:
-        for inputs, labels in tqdm(small_parts(batches), desc="Gradients", unit="batch"):
-            inputs = {name: value.to(device_of(model)) for name, value in inputs.items()}
-            mask = inputs["attention_mask"]
-            for group in groups:
-                masks[group.name].append(torch.zeros(len(mask), group.units, dtype=torch.float64))
-            output = model(**inputs)
-            if from_labels:
-                torch.autograd.backward(*loss_gradients(model, output, inputs, labels))
-            else:
-                torch.autograd.backward(*drawn_gradients(output, mask, generators))
-    return {name: Sensitivity(torch.cat(parts), output_sums[name]) for name, parts in masks.items()}
 
 
 @dataclass(frozen=True)
@@ -212,38 +125,6 @@ def predictions(output: Any, mask: Tensor) -> list[Prediction]:
     value = output["logits"] if "logits" in output else output["last_hidden_state"]
     kind = "logits" if "logits" in output and value.shape[-1] > 1 else "values"
     return [Prediction(value, mask if value.dim() == 3 else None, kind)]
-
-
-def drawn_gradients(output: Any, mask: Tensor, generators: list[torch.Generator]) -> tuple[list[Tensor], list[Tensor]]:
-    """The model's predictions and a random gradient for each, drawn from their Fisher information."""
-    found, drawn = predictions(output, mask), []
-    for each, generator in zip(found, generators, strict=False):
-        noise = _noise(each.value, each.mask, generator)
-        if each.kind != "values":
-            p = each.mean()
-            noise.mul_(p.sqrt())
-            noise.addcmul_(p, noise.sum(-1, keepdim=True), value=-1)
-        drawn.append(noise.to(each.value.dtype))
-    return [each.value for each in found], drawn
-
-
-def _noise(value: Tensor, mask: Tensor | None, generator: torch.Generator) -> Tensor:
-    """Standard normal, zero on padding; drawn example by example, so neither padding nor batch size changes the draw."""
-    noise = torch.zeros(value.shape)
-    for row, real in zip(noise, [slice(None)] * len(noise) if mask is None else mask.bool().cpu(), strict=True):
-        row[real] = torch.randn(row[real].shape, generator=generator)
-    return noise.to(value.device)
-
-
-@contextmanager
-def _differentiable_embeddings(model: nn.Module) -> Iterator[None]:
-    """Let gradients flow back to the embeddings although no parameter wants one."""
-    embeddings = model.get_input_embeddings()  # type: ignore[operator]
-    handle = embeddings.register_forward_hook(lambda module, args, output: output.requires_grad_())
-    try:
-        yield
-    finally:
-        handle.remove()
 
 
 def real_rows(rows: Tensor, mask: Tensor) -> Tensor:

@@ -24,6 +24,7 @@ from .distillation import distill, teacher_of
 from .families import Group, check_finite, find_groups, is_causal, task_of
 from .knapsack import allocate_exactly
 from .probes import device_of, quiet
+from .processes import Processes
 from .report import Forecast, GroupReport, Lines, PruningReport, Stage, TimedStage, make_report, stage_timer
 from .slicing import Plan, restored_on_error, slice_model
 from .structure import write_record
@@ -234,9 +235,9 @@ class Pruner(ABC, Generic[C]):
         """Read the data, fix what is counted, and refuse what cannot be done; the model is not touched."""
         model = self.model
         check_finite(model)
-        batches = self._read(dataset, text_columns, label_column)
+        batches = replace(self._read(dataset, text_columns, label_column), processes=Processes.launched())
         self.stages.clear()
-        self._currency = Currency.of(model, self.config, batches.seq_len, self.cost(batches), self.timer())
+        self._currency = Currency.of(model, self.config, batches, self.cost(batches), self.timer())
         self.check(keep, batches)
         self._dense = teacher_of(model) if self.config.distill_epochs else None
         return batches

@@ -22,8 +22,8 @@ from .currency import Currency
 from .data import SEQ_LEN
 from .device_speed import Speeds
 from .families import Group, find_blocks, find_groups, weight
+from .gradients import FISHER_TOKENS
 from .methods.stat import STATConfig
-from .probes import FISHER_TOKENS
 
 
 @dataclass(frozen=True)

@@ -28,25 +28,37 @@ class _Stop(Exception):
 
 
 class BlockWalk:
-    """The state of one pass: `hidden[b]` is what the next block will read from batch b.
+    """The state of one pass: `hidden[b]` is what the next block will read from this process's batch b.
 
     Call `run` as often as wanted on block 0, then `advance(0)`, then go on with block 1, and so on. Call it inside
     `probes.quiet(model)`.
     """
 
     def __init__(self, model: nn.Module, batches: Batches):
-        self.blocks = find_blocks(model)
+        self.blocks, self.processes = find_blocks(model), batches.processes
         self.masks: list[Tensor] = []
         self.hidden: list[Tensor] = []
         self._calls: list[list[list[Call]]] = []
         self._applications = applications_of(model)
         device, outputs = device_of(model), list[int]()
-        for batch in batches:
+        for batch in self._own(batches):
             inputs = {name: value.to(device) for name, value in batch.items()}
             calls = record_calls(model, self.blocks, inputs, outputs)
             self.masks.append(inputs["attention_mask"])
             self.hidden.append(_hidden(calls[0][0]))
             self._calls.append([[_without_hidden(call) for call in own] for own in calls])
+
+    def _own(self, batches: Batches) -> list[dict[str, Tensor]]:
+        """This process's share, in whole chunks: what is summed in single precision is then the same for any number of them."""
+        chunks: list[list[dict[str, Tensor]]] = []
+        rows = CHUNK
+        for batch in batches:
+            if rows >= CHUNK:
+                chunks.append([])
+                rows = 0
+            chunks[-1].append(batch)
+            rows += int(batch["attention_mask"].sum()) * self._applications
+        return [batch for chunk in self.processes.share(chunks) for batch in chunks[chunk]]
 
     @torch.no_grad()
     def run(self, index: int, groups: list[Group], visit: Visit, advance: bool = False) -> None:
@@ -101,16 +113,18 @@ class BlockWalk:
         return iter(tqdm(range(len(self.blocks)), desc=what, unit="block"))
 
     def inverse_energy(self) -> float:
-        """Mean of 1 / ||x||^2 over real tokens, x the current hidden states: what a squared error is worth after a norm.
+        """Mean of 1 / ||x||^2 over all real tokens, x the current hidden states: what a squared error is worth after a norm.
 
         The mean of the inverse, not the inverse of the mean: a few tokens with massive activations would hide all others.
         NaN if a hidden state is not finite.
         """
-        pairs = zip(self.hidden, self.masks, strict=True)
-        energy = torch.cat([real_rows(hidden, mask).double().square().sum(1) for hidden, mask in pairs])
-        if not torch.isfinite(energy).all():
-            return float("nan")
-        return float((1 / energy.clamp_min(torch.finfo(torch.float32).tiny)).mean())
+        sums = torch.zeros(2, dtype=torch.float64)
+        for hidden, mask in zip(self.hidden, self.masks, strict=True):
+            energy = real_rows(hidden, mask).double().square().sum(1)
+            inverse = (1 / energy.clamp_min(torch.finfo(torch.float32).tiny)).sum()
+            sums += torch.stack([inverse if torch.isfinite(energy).all() else inverse * torch.nan, mask.sum()]).cpu()
+        self.processes.add_up(sums)
+        return float(sums[0] / sums[1])
 
 
 def record_calls(

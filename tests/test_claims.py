@@ -17,8 +17,9 @@ from optimum_stat import STATConfig, STATPruner
 from optimum_stat.budget import Ranking, model_cost
 from optimum_stat.data import Batches
 from optimum_stat.families import Group, find_blocks, find_groups, weight
+from optimum_stat.gradients import output_fisher
 from optimum_stat.methods.stat_published import PublishedRanking, allocate
-from optimum_stat.probes import output_fisher, quiet
+from optimum_stat.probes import quiet
 from optimum_stat.slicing import slice_model
 
 FAMILIES = ["bert", "gpt2", "opt", "qwen2"]  # fused and separate projections, with and without gates and shared heads

@@ -20,10 +20,11 @@ from optimum_stat.budget import options, unit_cost
 from optimum_stat.currency import Currency
 from optimum_stat.data import Batches
 from optimum_stat.families import Group, find_groups, weight
+from optimum_stat.gradients import Sensitivity, output_fisher, sensitivities
 from optimum_stat.labels import IGNORED
 from optimum_stat.methods import fisher_tuning
 from optimum_stat.methods.fisher import FisherRanking, estimated_shrinkage, rearranged
-from optimum_stat.probes import Sensitivity, output_fisher, quiet, sensitivities
+from optimum_stat.probes import quiet
 from optimum_stat.slicing import consumer_columns
 
 FAMILIES = ["bert", "gpt2", "opt", "llama"]

@@ -17,7 +17,7 @@ from optimum_stat.family_table import FAMILIES
 
 PACKAGE = Path(optimum_stat.__file__).parent
 LAYERS = (
-    {"linalg", "family_table", "config", "autoload"},
+    {"linalg", "family_table", "config", "autoload", "processes"},
     {"anatomy"},
     {"families"},
     {"teacher_losses", "labels", "trained_config"},
@@ -25,6 +25,7 @@ LAYERS = (
         "rows",
         "data",
         "probes",
+        "gradients",
         "walk",
         "budget",
         "knapsack",
@@ -122,7 +123,7 @@ def test_the_reader_of_imports_finds_them():
     assert {"budget", "card", "config", "methods.stat_published", "walk"} <= found
     assert {name for name, _ in own_imports("pruner.py")} >= {"checkpoint", "structure", "slicing"}
     assert "pruner" not in {name for name, _ in own_imports("checkpoint.py")}  # for types only
-    assert {name for name, _ in own_imports("data.py")} == {"config", "families", "labels", "rows"}
+    assert {name for name, _ in own_imports("data.py")} == {"config", "families", "labels", "processes", "rows"}
 
 
 @pytest.mark.parametrize("source", [source for source in SOURCES if room(source) not in FREE])

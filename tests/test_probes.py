@@ -10,10 +10,10 @@ import torch
 from tiny import HIDDEN, SIZES, batches, takes_positions, tiny
 from torch import Tensor, nn
 
-from optimum_stat import probes
 from optimum_stat.data import Batches
 from optimum_stat.families import Group, find_groups, weight
-from optimum_stat.probes import device_of, on_consumer_input, on_output_gradient, output_fisher, quiet, real_rows
+from optimum_stat.gradients import FISHER_TOKENS, differentiable_embeddings, output_fisher
+from optimum_stat.probes import device_of, on_consumer_input, on_output_gradient, quiet, real_rows
 
 
 def _data(model: nn.Module, items: list[dict[str, Tensor]]) -> Batches:
@@ -56,7 +56,7 @@ def test_a_replaced_input_is_what_the_consumer_reads(family: str) -> None:
 def test_output_gradients_are_those_of_the_consumers_output(family: str) -> None:
     model, batch = tiny(family), _data(tiny(family), batches()).items[0]
     groups, seen = find_groups(model), {}
-    with quiet(model), probes._differentiable_embeddings(model):
+    with quiet(model), differentiable_embeddings(model):
         with on_output_gradient(groups, lambda group, g: seen.update({group.name: g})):
             model(**batch).logits.square().mean().backward()
         _assert_clean_but_embeddings(model)
@@ -82,7 +82,7 @@ def test_probes_are_removed_after_an_exception() -> None:
 
     with quiet(model):
         for probe in (on_consumer_input, on_output_gradient):
-            embeddings = probes._differentiable_embeddings(model)
+            embeddings = differentiable_embeddings(model)
             with pytest.raises(KeyError, match=r"heads|neurons"), embeddings, probe(find_groups(model), fail):
                 model(**batch).logits.sum().backward()
             _assert_clean(model)
@@ -160,7 +160,7 @@ def _exact_fisher(model: nn.Module, batch: dict[str, Tensor], terms: Terms) -> d
     """One example, outcome by outcome, with autograd: mean over real tokens of sum_o p_o (d log p_o / d y)^2."""
     groups, outputs, real = find_groups(model), [], batch["attention_mask"][0].bool()
     handles = [g.consumer.register_forward_hook(lambda m, a, output: outputs.append(output)) for g in groups]
-    with torch.enable_grad(), probes._differentiable_embeddings(model):
+    with torch.enable_grad(), differentiable_embeddings(model):
         found = terms(model(**batch), real)
         totals = [torch.zeros(HIDDEN, dtype=torch.float64) for _ in groups]
         for probability, log in found:
@@ -228,7 +228,7 @@ def test_the_fisher_information_reads_examples_from_all_over_the_data(examples: 
         output_fisher(model, find_groups(model), _data(model, items), 0)
         handle.remove()
     places = [int((ids == torch.tensor(row)).all(1).nonzero()[0]) for row in rows]
-    assert 1024 <= sum(seen) <= 2 * probes.FISHER_TOKENS
+    assert 1024 <= sum(seen) <= 2 * FISHER_TOKENS
     assert max(seen) <= max(1024, length)
     assert len(set(places)) == len(places)
     assert {place * 4 // examples for place in places} == {0, 1, 2, 3}, "no quarter of the data is left out"

@@ -17,8 +17,9 @@ from ..config import PruningConfig
 from ..currency import Currency
 from ..data import Batches
 from ..families import Group
+from ..gradients import Sensitivity, sensitivities
 from ..knapsack import allocate_exactly
-from ..probes import Sensitivity, has_loss, num_predictions, sensitivities
+from ..probes import has_loss, num_predictions
 from ..pruner import Pruner
 from ..slicing import Plan
 from . import fisher_tuning

@@ -14,6 +14,7 @@ from ..data import Batches
 from ..families import Group, is_causal, task_of, weight
 from ..linalg import add_to_gram, damped, solve_psd, symmetrize
 from ..probes import on_consumer_input
+from ..processes import Processes
 from ..slicing import Plan, consumer_columns, set_weight
 from ..walk import BlockWalk
 
@@ -115,6 +116,8 @@ class Tuning:
                 half.add(some_z, some_missing, kept)
 
         self.student.run(group.block, [_stream(group), group], see)
+        for half in halves:
+            half.add_up(self.student.processes)
         constant = self.published and group.structure == "heads"
         systems = [half.of_units(kept.double(), len(keep), constant=constant) for half in halves]
         change = _published_change(*systems[0])[: len(keep)] if self.published else _change(systems)
@@ -125,7 +128,8 @@ class Tuning:
         if group.name != self.first_token_only:
             return None
         firsts = [(mask.cumsum(1) == 1)[mask.bool()] for mask in self.student.masks]
-        return torch.cat([first for first in firsts for _ in range(group.applications)])
+        every = [first for first in firsts for _ in range(group.applications)]
+        return torch.cat(every) if every else torch.empty(0, dtype=torch.bool)
 
     def _fold(self, masks: dict[str, Tensor]) -> None:
         for group in self.groups:
@@ -156,6 +160,11 @@ class _Moments:
         self.column_sums += z.double().sum(0)
         self.missing_sum += missing.double().sum()
         self.entries += missing.numel()
+
+    def add_up(self, processes: Processes) -> None:
+        entries = torch.tensor(self.entries, dtype=torch.float64, device=self.gram.device)
+        processes.add_up(self.gram, self.toward, self.column_sums, self.missing_sum, entries)
+        self.entries = int(entries)
 
     def of_units(self, kept: Tensor, units: int, *, constant: bool) -> tuple[Tensor, Tensor]:
         """Normal matrix, and right side less what factors of 1 give; for each unit, and one constant for all entries."""

@@ -17,8 +17,9 @@ from ..correction import corrected_consumer
 from ..currency import Currency
 from ..data import Batches
 from ..families import Group, weight
+from ..gradients import output_fisher
 from ..linalg import add_to_gram, backward_elimination, symmetrize
-from ..probes import num_predictions, output_fisher
+from ..probes import num_predictions
 from ..pruner import Pruner
 from ..slicing import Plan, set_weight, slice_group
 from ..walk import BlockWalk
@@ -177,6 +178,7 @@ def _grams(walk: BlockWalk, index: int, groups: list[Group], advance: bool = Fal
     grams = {g.name: _square(g.units * g.width, g) for g in groups}
     walk.run(index, groups, lambda group, z: add_to_gram(grams[group.name], z), advance)
     for name, gram in grams.items():
+        walk.processes.add_up(gram)
         if not torch.isfinite(symmetrize(gram)).all():
             raise ValueError(
                 f"The activations that enter {name} are NaN or infinite; nothing can be decided from them. {OVERFLOW}"

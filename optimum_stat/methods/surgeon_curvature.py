@@ -19,13 +19,13 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from transformers.utils.logging import tqdm
 
 from ..data import Batches
-from ..families import find_blocks, weight
-from ..labels import loss_gradients
+from ..families import weight
+from ..gradients import Loss, Passes
 from ..linalg import add_to_gram, symmetrize
-from ..probes import device_of, drawn_gradients, has_loss, real_rows, small_parts
+from ..probes import device_of, has_loss, real_rows, small_parts
+from ..processes import Processes
 
 LABELS = ("data", "model")
 OVERFLOW = "Does the model overflow in its dtype? Try dtype=torch.float32 or torch.bfloat16."
@@ -95,20 +95,13 @@ def measure_factors(
     labels: "data", the labels of the data, or for causal language models its next tokens, gives the empirical Fisher of the
     paper; "model", and wherever the data has no labels, a gradient drawn from the model's own predictions.
     """
-    sums = _Sums.of(linears)
-    generators = [torch.Generator().manual_seed(seed + output) for output in range(2)]
-    empirical = labels == "data" and has_loss(model, batches)
-    with torch.enable_grad(), _watched(linears, sums), _differentiable_from(find_blocks(model)[first]):
-        for inputs, own in tqdm(small_parts(batches), desc="Curvature", unit="batch"):
-            inputs = {name: value.to(device_of(model)) for name, value in inputs.items()}
-            sums.start(inputs["attention_mask"])
-            output = model(**inputs)
-            if empirical:
-                outputs, given = loss_gradients(model, output, inputs, own)
-            else:
-                outputs, given = drawn_gradients(output, inputs["attention_mask"], generators)
-            torch.autograd.backward(outputs, given)
-    return sums.finish(model)
+    parts = small_parts(batches)
+    loss = Loss(model, parts, seed, from_labels=labels == "data" and has_loss(model, batches))
+    passes = Passes(model, parts, loss, batches.processes, "Curvature", first_block=first)
+    sums = _Sums.of(linears, passes)
+    with _watched(linears, sums):
+        passes.run()
+    return sums.finish(model, batches.processes)
 
 
 @dataclass
@@ -119,39 +112,39 @@ class _Sums:
     gradients: dict[nn.Module, Tensor]
     shared: dict[nn.Module, nn.Module]
     """Layer -> the one whose input it reads too."""
-    mask: Tensor
+    passes: Passes
     seen: list[tuple[Tensor, nn.Module]]
-    num_tokens: int = 0
+    """What was read in the part at hand, and who was the first to do so."""
+    part: int = -1
 
     @classmethod
-    def of(cls, linears: Iterable[nn.Module]) -> _Sums:
+    def of(cls, linears: Iterable[nn.Module], passes: Passes) -> _Sums:
         gradients = {linear: _square(len(weight(linear)), linear) for linear in linears}
-        return cls({}, gradients, {}, torch.empty(0), [])
-
-    def start(self, mask: Tensor) -> None:
-        self.mask, self.seen = mask, []
-        self.num_tokens += int(mask.sum())
+        return cls({}, gradients, {}, passes, [])
 
     def add_input(self, linear: nn.Module, a: Tensor) -> None:
+        if self.part != self.passes.part:
+            self.part, self.seen = self.passes.part, []
         for tensor, other in self.seen:
             if tensor is a:
                 self.shared[linear] = other
                 return
         self.seen.append((a, linear))
-        rows = _single(real_rows(a.detach(), self.mask))
+        rows = _single(real_rows(a.detach(), self.passes.mask))
         if linear not in self.inputs:
             self.inputs[linear] = _square(rows.shape[1] + 1, linear)
         add_to_gram(self.inputs[linear], torch.cat([rows, rows.new_ones(len(rows), 1)], dim=1))
 
     def add_gradient(self, linear: nn.Module, gradient: Tensor) -> None:
-        add_to_gram(self.gradients[linear], _single(real_rows(gradient, self.mask)))
+        add_to_gram(self.gradients[linear], _single(real_rows(gradient, self.passes.mask)))
 
-    def finish(self, model: nn.Module) -> dict[nn.Module, Factors]:
-        """The means; what is not finite is named."""
+    def finish(self, model: nn.Module, processes: Processes) -> dict[nn.Module, Factors]:
+        """The means over all processes; what is not finite is named."""
         names = {module: name for name, module in model.named_modules()}
         for what, sums in (("activations that enter", self.inputs), ("gradients at the output of", self.gradients)):
             for linear, total in sums.items():
-                symmetrize(total).div_(self.num_tokens)
+                processes.add_up(total)
+                symmetrize(total).div_(self.passes.num_tokens)
                 if not torch.isfinite(total).all():
                     raise ValueError(f"The {what} {names[linear]} are NaN or infinite; there is no curvature. {OVERFLOW}")
         return {
@@ -175,21 +168,6 @@ def _watched(linears: Iterable[nn.Module], sums: _Sums) -> Iterator[None]:
             stack.callback(linear.register_forward_pre_hook(before).remove)
             stack.callback(linear.register_forward_hook(after).remove)
         yield
-
-
-@contextmanager
-def _differentiable_from(block: nn.Module) -> Iterator[None]:
-    """Let gradients flow back to the input of `block` and no further, although no parameter wants one."""
-
-    def enter(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        hidden = args[0] if args else kwargs["hidden_states"]
-        hidden.requires_grad_()
-
-    handle = block.register_forward_pre_hook(enter, with_kwargs=True)
-    try:
-        yield
-    finally:
-        handle.remove()
 
 
 def _blocks_at_once(model: nn.Module, linears: Mapping[int, Sequence[nn.Module]]) -> int:

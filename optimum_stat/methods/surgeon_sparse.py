@@ -117,6 +117,7 @@ def _inputs(walk: BlockWalk, block: int, linear: nn.Module) -> Tensor:
     width = weight(linear).shape[1] + 1
     total = torch.zeros(width, width, dtype=torch.float64, device=weight(linear).device)
     walk.run(block, [Group("", block, "", (), linear, 1, stream=linear)], lambda _, a: add_to_gram(total, _with_one(a)))
+    walk.processes.add_up(total)
     return symmetrize(total).div_(total[-1, -1].clone())
 
 

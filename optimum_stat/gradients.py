@@ -1,0 +1,206 @@
+"""Backward passes over the calibration data, for what gradients say at heads, neurons and outputs. No gradients of weights."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.utils.logging import tqdm
+
+from .data import Batches
+from .families import Group, find_blocks, weight
+from .labels import loss_gradients
+from .probes import Prediction, device_of, on_consumer_input, on_output_gradient, predictions, real_rows, small_parts
+from .processes import Processes
+
+FISHER_TOKENS = 2048  # a diagonal has one number a channel: it needs far fewer tokens than a Gram matrix
+Part = tuple[dict[str, Tensor], dict[str, Tensor] | None]
+"""Inputs and labels of some examples."""
+
+
+def output_fisher(model: nn.Module, groups: list[Group], batches: Batches, seed: int) -> dict[str, Tensor]:
+    """Diagonal of the Fisher information with respect to each consumer's output, per token: [out], float64.
+
+    `F_c = E[g_c^2]` with g the gradient of the model's own log-likelihood at a consumer's output. No labels: the
+    gradient at the model's output is drawn as `sqrt(p) * e - p <sqrt(p), e>`, e standard normal, whose covariance is
+    the softmax's Fisher `diag(p) - p p^T` exactly; outputs that are not logits count as means of unit-variance Gaussians.
+    One forward and one backward pass over about 2,048 tokens. Call it inside `quiet(model)`.
+    """
+    totals = {group.name: torch.zeros(weight(group.consumer).shape[0], dtype=torch.float64) for group in groups}
+    parts = _some_examples(batches)
+    passes = Passes(model, parts, Loss(model, parts, seed, from_labels=False), batches.processes, "Gradients")
+
+    def add(group: Group, gradient: Tensor) -> None:
+        totals[group.name] += real_rows(gradient, passes.mask).double().square().sum(0).cpu()
+
+    with on_output_gradient(groups, add):
+        passes.run()
+    batches.processes.add_up(*totals.values())
+    return {name: total / passes.num_tokens for name, total in totals.items()}
+
+
+def _some_examples(batches: Batches) -> list[Part]:
+    """About FISHER_TOKENS tokens, spread evenly over the data."""
+    parts = small_parts(batches)
+    stride = max(1, batches.num_tokens // FISHER_TOKENS)
+    return parts[min(stride, len(parts)) // 2 :: stride]
+
+
+@dataclass(frozen=True)
+class Sensitivity:
+    """Of the loss, at one group; float64, on the CPU."""
+
+    masks: Tensor
+    """Gradient of each example's loss with respect to a factor on each unit, at 1: [examples, units]."""
+    output: Tensor
+    """Sum over tokens of the squared gradient at the consumer's output: [out]."""
+
+
+def sensitivities(
+    model: nn.Module, groups: list[Group], batches: Batches, seed: int, *, from_labels: bool
+) -> dict[str, Sensitivity]:
+    """What the loss says of every unit and of every consumer's output, from one forward and one backward pass over all data.
+
+    The gradient of a factor on a unit is, with z what the consumer reads, `sum z * dL/dz` over the example's tokens and the
+    unit's columns. The loss is the negative log-likelihood of the labels (of the next tokens, for causal language models),
+    summed over the example; or, not `from_labels`, of the model's own predictions: a gradient drawn as `output_fisher` draws
+    it, whose covariance is the exact Fisher information of the output. Call it inside `quiet(model)`.
+    Source: 2204.09656, where the factor multiplies a head's attention probabilities: the same derivative.
+    """
+    parts = small_parts(batches)
+    passes = Passes(model, parts, Loss(model, parts, seed, from_labels=from_labels), batches.processes, "Gradients")
+    counts = [len(inputs["input_ids"]) for inputs, _ in parts]
+    masks = {group.name: torch.zeros(sum(counts), group.units, dtype=torch.float64) for group in groups}
+    rows = {name: torch.split(own, counts) for name, own in masks.items()}
+    output_sums = {group.name: torch.zeros(weight(group.consumer).shape[0], dtype=torch.float64) for group in groups}
+
+    def add(group: Group, z: Tensor, gradient: Tensor) -> None:
+        units = (z * gradient).view(*passes.mask.shape, group.units, group.width).double().sum((1, 3))
+        rows[group.name][passes.part].add_(units.cpu())  # a shared block runs more than once
+
+    def add_output(group: Group, gradient: Tensor) -> None:
+        output_sums[group.name] += real_rows(gradient, passes.mask).double().square().sum(0).cpu()
+
+    def watch(group: Group, z: Tensor) -> None:
+        z.register_hook(partial(add, group, z.detach()))  # type: ignore[no-untyped-call]
+
+    with on_consumer_input(groups, watch), on_output_gradient(groups, add_output):
+        passes.run()
+    for group in groups:
+        batches.processes.add_up(masks[group.name], output_sums[group.name])
+    return {name: Sensitivity(own, output_sums[name]) for name, own in masks.items()}
+
+
+class Loss:
+    """What is differentiated: the loss of the labels, or that of labels drawn from the model's own predictions."""
+
+    def __init__(self, model: nn.Module, parts: Sequence[Part], seed: int, *, from_labels: bool):
+        self._model, self._from_labels, self._drawn = model, from_labels, 0
+        self._masks = [inputs["attention_mask"] for inputs, _ in parts]
+        self._generators = [torch.Generator().manual_seed(seed + output) for output in range(2)]  # start and end: two outputs
+
+    def gradients(
+        self, part: int, output: Any, inputs: dict[str, Tensor], labels: dict[str, Tensor] | None
+    ) -> tuple[list[Tensor], list[Tensor]]:
+        """The model's predictions, and the gradient at each, for part number `part`; parts come in their order.
+
+        What other processes draw for their parts is drawn here too, and forgotten: the draw does not depend on who makes it.
+        """
+        if self._from_labels:
+            return loss_gradients(self._model, output, inputs, labels)
+        found = predictions(output, inputs["attention_mask"])
+        for mask in self._masks[self._drawn : part]:
+            for each, generator in zip(found, self._generators, strict=False):
+                _noise(_shape(each, mask), None if each.mask is None else mask, generator)
+        self._drawn = part + 1
+        return drawn_gradients(found, self._generators)
+
+
+class Passes:
+    """A forward and a backward pass for each of this process's parts. Hooks look up here what they see just now."""
+
+    def __init__(
+        self, model: nn.Module, parts: Sequence[Part], loss: Loss, processes: Processes, what: str, first_block: int | None = None
+    ):
+        """first_block: where the backward pass may end; None: at the embeddings."""
+        self._model, self._parts, self._loss = model, parts, loss
+        self._first = first_block
+        self._own = processes.share(parts)
+        self.part = 0
+        """The number of the part at hand."""
+        self.mask = torch.empty(0)
+        """Its attention mask."""
+        self.num_tokens = sum(int(inputs["attention_mask"].sum()) for inputs, _ in parts)
+        """Of all processes."""
+        self._bar: dict[str, Any] = {"desc": what, "unit": "batch", "disable": None if processes.is_main else True}
+
+    def run(self) -> None:
+        """All parts, one after the other."""
+        first = self._first
+        entry = differentiable_embeddings(self._model) if first is None else differentiable_from(find_blocks(self._model)[first])
+        with torch.enable_grad(), entry:
+            # one without a part of its own looks at the first, to know what there is to sum, and counts nothing
+            for part in tqdm(self._own or range(1), **self._bar):
+                self.part, (inputs, labels) = part, self._parts[part]
+                inputs = {name: value.to(device_of(self._model)) for name, value in inputs.items()}
+                self.mask = inputs["attention_mask"] if self._own else torch.zeros_like(inputs["attention_mask"])
+                output = self._model(**inputs)
+                outputs, given = self._loss.gradients(self.part, output, inputs, labels)
+                torch.autograd.backward(outputs, given if self._own else [torch.zeros_like(each) for each in given])
+
+
+@contextmanager
+def differentiable_embeddings(model: nn.Module) -> Iterator[None]:
+    """Let gradients flow back to the embeddings although no parameter wants one."""
+    embeddings = model.get_input_embeddings()  # type: ignore[operator]
+    handle = embeddings.register_forward_hook(lambda module, args, output: output.requires_grad_())
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+@contextmanager
+def differentiable_from(block: nn.Module) -> Iterator[None]:
+    """Let gradients flow back to the input of `block` and no further, although no parameter wants one."""
+
+    def enter(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        hidden = args[0] if args else kwargs["hidden_states"]
+        hidden.requires_grad_()
+
+    handle = block.register_forward_pre_hook(enter, with_kwargs=True)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def drawn_gradients(found: list[Prediction], generators: list[torch.Generator]) -> tuple[list[Tensor], list[Tensor]]:
+    """The model's predictions and a random gradient for each, drawn from their Fisher information."""
+    drawn = []
+    for each, generator in zip(found, generators, strict=False):
+        noise = _noise(each.value.shape, each.mask, generator).to(each.value.device)
+        if each.kind != "values":
+            p = each.mean()
+            noise.mul_(p.sqrt())
+            noise.addcmul_(p, noise.sum(-1, keepdim=True), value=-1)
+        drawn.append(noise.to(each.value.dtype))
+    return [each.value for each in found], drawn
+
+
+def _noise(shape: Sequence[int], mask: Tensor | None, generator: torch.Generator) -> Tensor:
+    """Standard normal, zero on padding; drawn example by example, so neither padding nor batch size changes the draw."""
+    noise = torch.zeros(*shape)
+    for row, real in zip(noise, [slice(None)] * len(noise) if mask is None else mask.bool().cpu(), strict=True):
+        row[real] = torch.randn(row[real].shape, generator=generator)
+    return noise
+
+
+def _shape(like: Prediction, mask: Tensor) -> tuple[int, ...]:
+    """That of the same prediction for the examples of `mask`."""
+    return (*mask.shape, *like.value.shape[2:]) if like.mask is not None else (len(mask), *like.value.shape[1:])
