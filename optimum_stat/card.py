@@ -60,6 +60,7 @@ def render(recipe: dict[str, Any], repo_id: str, paper: Paper) -> str:
         paper=paper,
         auto_class=_auto_class(recipe["architecture"]),
         layers=_layers(report["groups"]),
+        trunk={group["name"]: group for group in report["groups"] if "." not in group["name"]},
         grouped=recipe["record"]["heads"] != recipe["record"]["key_value_heads"],
         zeros=report.get("counts") == "weights",
         training=report.get("training"),
@@ -79,9 +80,10 @@ def is_hub_id(source: str | None) -> bool:
 def _asks(config: dict[str, Any]) -> dict[str, Any]:
     """The options that ask for this configuration: all that were set, and those that were unset against their default."""
     defaults = PruningConfig().to_dict()
-    aside = {"latency_table"} if config["budget"] == "latency" else {"latency_table", "latency_batch_size"}
+    aside = {"structures"} if config.get("structures") == defaults["structures"] else set()
+    aside |= {"latency_table"} if config["budget"] == "latency" else {"latency_table", "latency_batch_size"}
     return {
-        name: "none" if value is None else value
+        name: "none" if value is None else " ".join(value) if isinstance(value, list) else value
         for name, value in config.items()
         if name not in aside and (value is not None or defaults.get(name) is not None)
     }
@@ -123,5 +125,6 @@ def _layers(groups: list[dict[str, Any]]) -> list[dict[str, Any]]:
     rows: dict[int, dict[str, Any]] = {}
     for group in groups:
         block, _, structure = group["name"].partition(".")
-        rows.setdefault(int(block), {"block": int(block)})[structure] = f"{group['kept']:,} of {group['units']:,}"
+        if structure:
+            rows.setdefault(int(block), {"block": int(block)})[structure] = f"{group['kept']:,} of {group['units']:,}"
     return list(rows.values())

@@ -222,7 +222,9 @@ def _fields(node: ast.ClassDef) -> tuple[ConfigField, ...]:
 
 
 def _help(field: ConfigField) -> str:
-    return f"{field.doc} (default: {field.default.lower() if field.default == 'None' else field.default})"
+    default = ast.literal_eval(field.default) if field.annotation.startswith("tuple") else field.default
+    shown = " ".join(default) if isinstance(default, tuple) else default.lower() if default == "None" else default
+    return f"{field.doc} (default: {shown})"
 
 
 def number(text: str) -> int | None:
@@ -239,6 +241,8 @@ def _add_field(group: Any, field: ConfigField, text: str) -> None:
     about: dict[str, Any] = {"default": argparse.SUPPRESS, "help": text.replace("%", "%%")}
     if field.annotation == "bool":
         group.add_argument(field.flag, action=argparse.BooleanOptionalAction, **about)
+    elif field.annotation.startswith("tuple"):
+        group.add_argument(field.flag, nargs="+", metavar="NAME", **about)
     else:
         kinds = {"float": float, "int": int, "int | None": number, "float | None": real}
         group.add_argument(field.flag, type=kinds.get(field.annotation, str), **about)

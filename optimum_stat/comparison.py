@@ -21,7 +21,7 @@ from .budget import model_cost
 from .evaluation import Data, Measured, cosine, measure
 from .families import task_of
 from .rows import Rows
-from .structure import KEY, SIZES, describe
+from .structure import HIDDEN, KEY, SIZES, describe
 
 logger = logging.getLogger(__name__)
 PER_LAYER = "per_layer_config"
@@ -171,6 +171,8 @@ class Sizes:
         for index in range(len(self.pruned["heads"])):
             kept = [f"{self.pruned[name][index]:,} of {self.dense[name][index]:,}" for name in SIZES]
             lines.append(f"{index:<8}{kept[0]:>14}{kept[1]:>18}{kept[2]:>18}")
+        if HIDDEN in self.pruned:
+            lines.append(f"{self.pruned[HIDDEN]:,} dimensions are left of the residual stream")
         pruned, dense = self.block_params
         return "\n".join([*lines, f"{pruned:,} of {dense:,} parameters in the blocks ({pruned / dense:.1%})"])
 

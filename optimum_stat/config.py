@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 BUDGETS = ("params", "macs", "latency")
+STRUCTURES = ("heads", "neurons", "hidden", "layers")
 C = TypeVar("C", bound="PruningConfig")
 
 
@@ -44,8 +45,14 @@ class PruningConfig:
     """A file with latencies that an earlier run measured: a recipe (stat_recipe.json), or a table of its own. None: they are
     measured, and remembered for the next run on this device."""
 
+    structures: tuple[str, ...] = ("heads", "neurons")
+    """What may go: "heads" (of key/value heads with the query heads that read them), "neurons" of the MLPs, dimensions of the
+    "hidden" states (the residual stream) and whole "layers". Outside the blocks, only "hidden" changes anything."""
+
     def __post_init__(self) -> None:
         """Refuse values that no run could honour."""
+        object.__setattr__(self, "structures", tuple(self.structures))  # JSON has lists
+        self._check_structures()
         if not 0 < self.keep <= 1:
             raise ValueError(f"keep={self.keep} asked; it is the share of the model that stays and must lie in (0, 1].")
         if self.budget not in BUDGETS:
@@ -57,9 +64,26 @@ class PruningConfig:
             if value is not None and (not isinstance(value, int) or value < 1):
                 raise ValueError(f"{name}={value!r} asked; it must be a whole number of at least 1.")
 
+    @property
+    def trunk(self) -> tuple[str, ...]:
+        """Those of `structures` that all blocks share."""
+        return tuple(name for name in ("layers", "hidden") if name in self.structures)
+
+    def _check_structures(self) -> None:
+        wrong = [name for name in self.structures if name not in STRUCTURES]
+        if wrong or not self.structures or len(set(self.structures)) < len(self.structures):
+            raise ValueError(f"structures={self.structures!r} asked; it must name some of {', '.join(map(repr, STRUCTURES))}.")
+        if self.trunk and self.budget == "latency":
+            raise ValueError(f"{self.trunk[0]!r} asked under a latency budget, whose table has times of heads and neurons only.")
+
+    def refuse_trunk(self, by: str) -> None:
+        """Say no where layers and hidden dimensions cannot go."""
+        if self.trunk:
+            raise ValueError(f"structures={self.structures!r} asked of {by}, which has no way to drop {' or '.join(self.trunk)}.")
+
     def to_dict(self) -> dict[str, Any]:
         """Every field, as plain JSON values."""
-        return dataclasses.asdict(self)
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in dataclasses.asdict(self).items()}
 
     @classmethod
     def from_dict(cls: type[C], values: Mapping[str, Any]) -> C:

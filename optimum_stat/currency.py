@@ -25,6 +25,8 @@ class Currency:
     """As it is now, which may be after some shots."""
     budget: str
     round_to: int
+    structures: tuple[str, ...]
+    """Which groups may go."""
     seq_len: int
     """Mean length of the calibration data's examples: what MACs are counted for."""
     dense: Cost
@@ -41,7 +43,7 @@ class Currency:
             with quiet(model), stage("latency"):
                 own = latency_table(model, config.round_to, config.latency_batch_size, seq_len, config.latency_table)
                 table = LatencyTable(**batches.processes.tell(own.to_dict()))
-        return cls(model, config.budget, config.round_to, seq_len, dense, table)
+        return cls(model, config.budget, config.round_to, config.structures, seq_len, dense, table)
 
     def limit(self, keep: float) -> float:
         """What the kept units may cost together: the share `keep` of the dense model's cost, less what no plan can remove.
@@ -49,7 +51,7 @@ class Currency:
         Raises:
             ValueError: the smallest plan there is costs more.
         """
-        groups = find_groups(self.model)
+        groups = find_groups(self.model, self.structures)
         costs, sizes = self.choices(groups)
         if self.table is None:
             total = getattr(self.dense, f"block_{self.budget}")
@@ -59,10 +61,12 @@ class Currency:
         least = fixed + sum(min(own) for own in costs.values())
         if keep * total < least:
             what = f"{total:,} {self.budget}" if self.table is None else f"{total / 1e6:.3f} ms on {self.table.device}"
-            neurons = max(sizes[group.name][0] for group in groups if group.structure == "neurons")
+            neurons = max((sizes[group.name][0] for group in groups if group.structure == "neurons"), default=0)
+            fewest = {"heads": "one head", "neurons": f"{neurons} neurons"}
+            units = " and ".join(own if name in self.structures else f"all {name}" for name, own in fewest.items())
             raise ValueError(
-                f"keep={keep} of {what} asked, but one head and {neurons} neurons in every block "
-                f"already make {least / total:.4f}. Keep more, or lower round_to."
+                f"keep={keep} of {what} asked, but {units} in every block "
+                f"already make {least / total:.4f}. Keep more, lower round_to, or let other structures go too."
             )
         return keep * total - fixed
 
@@ -92,7 +96,7 @@ class Currency:
     def cost_of(self, kept: Mapping[str, int]) -> Cost:
         """The size that the model would have with these units: exactly that of the sliced model."""
         saved = dict.fromkeys(("params", "macs"), 0)
-        for group in find_groups(self.model):
+        for group in (group for group in find_groups(self.model) if group.name in kept):
             for budget in saved:
                 unit = unit_cost(self.model, group, budget, self.seq_len)
                 saved[budget] += unit * (group.units - kept[group.name])

@@ -5,6 +5,7 @@ The names stand in `family_table`, `anatomy` finds the modules.
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
 
@@ -88,13 +89,14 @@ class Group:
         return 1 if self.shares_key_value else self.units
 
 
-def find_groups(model: Any) -> list[Group]:
-    """Everything in `model` that can be pruned, in the order of the forward pass.
+def find_groups(model: Any, structures: Collection[str] = ("heads", "neurons")) -> list[Group]:
+    """Everything of these `structures` in the blocks of `model`, in the order of the forward pass.
 
     Raises:
         ValueError: the model is not built of parts with known names; says what was found and what was not.
     """
-    return [group for index, block in enumerate(find_blocks(model)) for group in groups_of_block(model, index, block)]
+    found = (group for index, block in enumerate(find_blocks(model)) for group in groups_of_block(model, index, block))
+    return [group for group in found if group.structure in structures]
 
 
 def groups_of_block(model: Any, index: int, block: nn.Module) -> list[Group]:

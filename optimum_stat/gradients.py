@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -23,25 +23,43 @@ Part = tuple[dict[str, Tensor], dict[str, Tensor] | None]
 """Inputs and labels of some examples."""
 
 
-def output_fisher(model: nn.Module, groups: list[Group], batches: Batches, seed: int) -> dict[str, Tensor]:
-    """Diagonal of the Fisher information with respect to each consumer's output, per token: [out], float64.
+@dataclass(frozen=True)
+class Output:
+    """Of a module's output, means over tokens; float64, on the CPU."""
 
-    `F_c = E[g_c^2]` with g the gradient of the model's own log-likelihood at a consumer's output. No labels: the
+    fisher: Tensor
+    """Diagonal of the Fisher information with respect to it: [out]."""
+    energy: Tensor
+    """Its square: [out]."""
+
+
+def output_fisher(model: nn.Module, groups: list[Group], batches: Batches, seed: int) -> dict[str, Tensor]:
+    """Diagonal of the Fisher information with respect to each consumer's output, per token, see `outputs_of`: [out], float64."""
+    found = outputs_of(model, {group.name: group.consumer for group in groups}, batches, seed)
+    return {name: output.fisher for name, output in found.items()}
+
+
+def outputs_of(model: nn.Module, modules: Mapping[str, nn.Module], batches: Batches, seed: int) -> dict[str, Output]:
+    """What the model's predictions say of each module's output (the first, of several).
+
+    `F_c = E[g_c^2]` with g the gradient of the model's own log-likelihood at the output. No labels: the
     gradient at the model's output is drawn as `sqrt(p) * e - p <sqrt(p), e>`, e standard normal, whose covariance is
     the softmax's Fisher `diag(p) - p p^T` exactly; outputs that are not logits count as means of unit-variance Gaussians.
     One forward and one backward pass over about 2,048 tokens. Call it inside `quiet(model)`.
     """
-    totals = {group.name: torch.zeros(weight(group.consumer).shape[0], dtype=torch.float64) for group in groups}
+    totals: dict[str, Tensor] = {}
     parts = _some_examples(batches)
     passes = Passes(model, parts, Loss(model, parts, seed, from_labels=False), batches.processes, "Gradients")
 
-    def add(group: Group, gradient: Tensor) -> None:
-        totals[group.name] += real_rows(gradient, passes.mask).double().square().sum(0).cpu()
+    def add(name: str, output: Tensor, gradient: Tensor) -> None:
+        own = torch.stack([real_rows(each, passes.mask).double().square().sum(0) for each in (gradient, output)])
+        totals[name] = totals.get(name, 0) + own.cpu()
 
-    with on_output_gradient(groups, add):
+    with on_output_gradient(modules, add):
         passes.run()
-    batches.processes.add_up(*totals.values())
-    return {name: total / passes.num_tokens for name, total in totals.items()}
+    found = [totals[name] for name in modules]
+    batches.processes.add_up(*found)
+    return {name: Output(*(total / passes.num_tokens)) for name, total in zip(modules, found, strict=True)}
 
 
 def _some_examples(batches: Batches) -> list[Part]:
@@ -83,13 +101,14 @@ def sensitivities(
         units = (z * gradient).view(*passes.mask.shape, group.units, group.width).double().sum((1, 3))
         rows[group.name][passes.part].add_(units.cpu())  # a shared block runs more than once
 
-    def add_output(group: Group, gradient: Tensor) -> None:
-        output_sums[group.name] += real_rows(gradient, passes.mask).double().square().sum(0).cpu()
+    def add_output(name: str, output: Tensor, gradient: Tensor) -> None:
+        output_sums[name] += real_rows(gradient, passes.mask).double().square().sum(0).cpu()
 
     def watch(group: Group, z: Tensor) -> None:
         z.register_hook(partial(add, group, z.detach()))  # type: ignore[no-untyped-call]
 
-    with on_consumer_input(groups, watch), on_output_gradient(groups, add_output):
+    consumers = {group.name: group.consumer for group in groups}
+    with on_consumer_input(groups, watch), on_output_gradient(consumers, add_output):
         passes.run()
     for group in groups:
         batches.processes.add_up(masks[group.name], output_sums[group.name])

@@ -5,7 +5,7 @@ Everything here is a context manager that leaves no hook, gradient or mode behin
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -36,15 +36,19 @@ def on_consumer_input(groups: Iterable[Group], visit: Visit) -> Iterator[None]:
 
 
 @contextmanager
-def on_output_gradient(groups: Iterable[Group], visit: Callable[[Group, Tensor], None]) -> Iterator[None]:
-    """Call `visit(group, g)` with the gradient g [..., out] of every consumer's output during a backward pass."""
+def on_output_gradient(modules: Mapping[str, nn.Module], visit: Callable[[str, Tensor, Tensor], None]) -> Iterator[None]:
+    """Call `visit(name, y, g)` with every module's output y [..., out], or the first of several, and its gradient g.
 
-    def watch(group: Group, module: nn.Module, args: Any, output: Tensor) -> None:
-        output.register_hook(partial(visit, group))  # type: ignore[no-untyped-call]
+    During a backward pass, in the order in which gradients come.
+    """
+
+    def watch(name: str, module: nn.Module, args: Any, output: Any) -> None:
+        y = output if isinstance(output, Tensor) else output[0]
+        y.register_hook(partial(visit, name, y.detach()))
 
     with ExitStack() as stack:
-        for group in groups:
-            stack.callback(group.consumer.register_forward_hook(partial(watch, group)).remove)
+        for name, module in modules.items():
+            stack.callback(module.register_forward_hook(partial(watch, name)).remove)
         yield
 
 

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from . import checkpoint
+from . import checkpoint, trunk
 from .budget import Cost, Ranking, allocate
 from .card import Paper
 from .config import PruningConfig
@@ -25,7 +25,7 @@ from .families import Group, check_finite, find_groups, is_causal, task_of
 from .knapsack import allocate_exactly
 from .probes import device_of, quiet
 from .processes import Processes
-from .report import Forecast, GroupReport, Lines, PruningReport, Stage, TimedStage, make_report, stage_timer
+from .report import Forecast, Lines, PruningReport, Stage, TimedStage, make_report, stage_timer
 from .slicing import Plan, restored_on_error, slice_model
 from .structure import write_record
 from .sweep import SHARES, descending, family, forecasts
@@ -149,7 +149,7 @@ class Pruner(ABC, Generic[C]):
 
     def check(self, keep: float, batches: Batches) -> None:
         """Refuse, before any work, what cannot be reached. Default: a budget below the smallest plan."""
-        self.currency.limit(keep)
+        trunk.smallest(self.config.trunk, self.currency).limit(keep)
 
     def schedule(self) -> Sequence[float]:
         """The shares of the dense model to keep, shot after shot; the last is `config.keep`. Default: one shot."""
@@ -157,24 +157,26 @@ class Pruner(ABC, Generic[C]):
 
     def shoot(self, keep: float, batches: Batches, stage: TimedStage) -> Lines:
         """Prune the model, as it is now, to `keep` of the dense one."""
-        groups = find_groups(self.model)
+        groups = find_groups(self.model, self.config.structures)
         return self.cut(groups, self.survey(groups, batches, stage), keep, batches, stage)
 
     def survey(self, groups: list[Group], batches: Batches, stage: TimedStage) -> Ranking:
         """What every group loses at every size; changes nothing."""
         with stage("measure"):
-            return self.rank(groups, self.measure(groups, batches))
+            ranking = self.rank(groups, self.measure(groups, batches) if groups else ())
+            return trunk.join(ranking, self.model, self.config, batches, self.nats(batches))
 
     @final
     def cut(self, groups: list[Group], ranking: Ranking, keep: float, batches: Batches, stage: TimedStage) -> Lines:
-        """Decide the sizes, correct what stays, slice the rest away."""
-        kept = self.allocate(groups, ranking, keep, self.currency)
-        plan, nats = self.select(ranking, kept), self.nats(batches)
-        batches.warn_if_few(max(kept[group.name] * group.width for group in groups))
+        """Decide the sizes, correct what stays, slice the rest away: first of what all blocks share, if any of it may go."""
+        shape = trunk.choose(self.allocate, self.config.trunk, groups, ranking, keep, self.currency)
+        plan, nats = self.select(shape.ranking, shape.kept), self.nats(batches)
+        batches.warn_if_few(max((shape.kept[group.name] * group.width for group in shape.groups), default=0))
         with stage("repair"):
-            self.repair(groups, plan, batches)
+            trunk.cut(self.model, shape.plan, batches)
+            self.repair(find_groups(self.model, self.config.structures), plan, batches)
             slice_model(self.model, plan)
-        return tuple(GroupReport.of(group, ranking.error[group.name], kept[group.name], nats) for group in groups)
+        return shape.lines(groups, ranking, nats)
 
     @abstractmethod
     def measure(self, groups: list[Group], batches: Batches) -> Iterable[tuple[Group, Any]]:
@@ -225,10 +227,7 @@ class Pruner(ABC, Generic[C]):
         checkpoint.save(self, Path(folder), **kwargs)
 
     def push_to_hub(self, repo_id: str, **kwargs: Any) -> str:
-        """Push what `save_pretrained` writes to the Hub and return the commit's address.
-
-        `kwargs`: private, token, commit_message, revision, create_pr, max_shard_size.
-        """
+        """Push what `save_pretrained` writes to the Hub; the commit's address. `kwargs`: private, token, revision, create_pr."""
         return checkpoint.push(self, repo_id, **kwargs)
 
     def _start(self, keep: float, dataset: Any, text_columns: Columns, label_column: str | None) -> Batches:
@@ -264,8 +263,8 @@ class Pruner(ABC, Generic[C]):
 
     def copied(self: P, keep: float) -> P:
         """The same work, in the state it is in, on a copy of the model."""
-        model = copy.deepcopy(self.model)
-        other = type(self)(model, replace(self.config, keep=keep), self.tokenizer, self.source, caller_holds_model=False)
+        model, config = copy.deepcopy(self.model), replace(self.config, keep=keep)
+        other = type(self)(model, config, self.tokenizer, self.source, caller_holds_model=False)
         other._currency, other.stages, other._dense = replace(self.currency, model=model), dict(self.stages), self._dense
         return other
 

@@ -128,18 +128,21 @@ def plan_run(
         ValueError: the model cannot be pruned, or not as small as asked; or the plan of the published algorithm is asked for.
     """
     asked = config or STATConfig()
-    if asked.published or asked.budget == "latency":
-        raise ValueError("Only runs of our own recipe under a budget of params or macs can be planned from the config alone.")
+    if asked.published or asked.budget == "latency" or asked.trunk:
+        raise ValueError(
+            "Only runs of our own recipe can be planned from the config alone, on heads and neurons, for params or macs."
+        )
     found = AutoConfig.from_pretrained(model, **kwargs)
     kind: Any = auto_class(model, task, kwargs)
     with torch.device("meta"):
         built = kind.from_config(found) if hasattr(kind, "from_config") else kind(found)
     stored = _dtype(dtype or found.dtype)
     built.to(stored)
-    groups, blocks = find_groups(built), find_blocks(built)
+    groups = find_groups(built, asked.structures)
+    blocks = find_blocks(built)
     num_tokens, seq_len = _amount(asked, found)
     dense = Cost.of(built, seq_len)
-    currency = Currency(built, asked.budget, asked.round_to, seq_len, dense, None)
+    currency = Currency(built, asked.budget, asked.round_to, asked.structures, seq_len, dense, None)
     kept = uniform(groups, currency, asked)
     where, sizes = device or torch.device("cpu"), compute_module_sizes(built)
     speeds = Speeds.measure(where, stored)

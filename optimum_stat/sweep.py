@@ -12,6 +12,7 @@ from .data import Batches
 from .families import find_groups
 from .latency import Latency
 from .report import Forecast, PruningReport
+from .trunk import choose, smallest
 
 if TYPE_CHECKING:
     from .pruner import Pruner
@@ -39,11 +40,11 @@ def family(pruner: P, shares: list[float], batches: Batches) -> Iterator[P]:
         yield from _nested(pruner, shares, batches)
         return
     with pruner.at_work():
-        ranking = pruner.survey(find_groups(pruner.model), batches, pruner.timer())
+        ranking = pruner.survey(find_groups(pruner.model, pruner.config.structures), batches, pruner.timer())
     for share in shares:
         small = pruner.copied(share)
         with small.at_work():
-            lines = small.cut(find_groups(small.model), ranking, share, batches, small.timer())
+            lines = small.cut(find_groups(small.model, small.config.structures), ranking, share, batches, small.timer())
             small.finish([lines], batches)
         yield small
 
@@ -64,14 +65,15 @@ def forecasts(pruner: Pruner[Any], shares: list[float], batches: Batches) -> tup
     """What would be kept at every share that can be reached. `shares` fall."""
     if pruner.counts == "weights":
         raise ValueError("A plan asked of a method that makes zeros: what a weight costs depends on which others go with it.")
-    groups, found, nats = find_groups(pruner.model), list[Forecast](), pruner.nats(batches)
+    found, nats, currency = list[Forecast](), pruner.nats(batches), pruner.currency
+    groups = find_groups(pruner.model, pruner.config.structures)
     with pruner.at_work():
         ranking = pruner.survey(groups, batches, pruner.timer())
         for share in shares:
-            if found and not pruner.currency.reaches(share):
+            if found and not smallest(pruner.config.trunk, currency).reaches(share):
                 break
-            kept = pruner.allocate(groups, ranking, share, pruner.currency)
-            found.append(Forecast(share, pruner.currency.cost_of(kept), nats * ranking.total(kept), kept))
+            shape = choose(pruner.allocate, pruner.config.trunk, groups, ranking, share, currency)
+            found.append(Forecast(share, shape.currency.cost_of(shape.kept), nats * shape.error, {**shape.sizes, **shape.kept}))
     return tuple(found)
 
 

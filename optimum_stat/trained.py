@@ -141,7 +141,7 @@ class TrainedPruner(Pruner[T]):
 
     def lines(self, keep: float, batches: Batches, stage: TimedStage) -> Lines:
         """Train and prune to `keep`; what the report says of every group."""
-        groups = find_groups(self.model)
+        groups = find_groups(self.model, self.config.structures)
         with stage("train"):
             ranking = self.rank(groups, self.measure(groups, batches))
         kept = self.allocate(groups, ranking, keep, self.currency)

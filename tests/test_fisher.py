@@ -131,7 +131,7 @@ def test_the_search_is_optimal_for_the_diagonal(family: str, keep: float, budget
     with quiet(model):
         stats = {group.name: own for group, own in pruner.measure(groups, items)}
         ranking = pruner.rank(groups, [(group, stats[group.name]) for group in groups])
-    currency = Currency(model, budget, 1, items.seq_len, pruner.cost(items), None)
+    currency = Currency(model, budget, 1, ("heads", "neurons"), items.seq_len, pruner.cost(items), None)
     limit = currency.limit(keep)
     kept = pruner.allocate(groups, ranking, keep, currency)
     own = {name: found.masks.square().sum(0) for name, found in stats.items()}

@@ -11,7 +11,7 @@ from tiny import HIDDEN, SIZES, batches, takes_positions, tiny
 from torch import Tensor, nn
 
 from optimum_stat.data import Batches
-from optimum_stat.families import Group, find_groups, weight
+from optimum_stat.families import find_groups, weight
 from optimum_stat.gradients import FISHER_TOKENS, differentiable_embeddings, output_fisher
 from optimum_stat.probes import device_of, on_consumer_input, on_output_gradient, quiet, real_rows
 
@@ -57,7 +57,7 @@ def test_output_gradients_are_those_of_the_consumers_output(family: str) -> None
     model, batch = tiny(family), _data(tiny(family), batches()).items[0]
     groups, seen = find_groups(model), {}
     with quiet(model), differentiable_embeddings(model):
-        with on_output_gradient(groups, lambda group, g: seen.update({group.name: g})):
+        with on_output_gradient({group.name: group.consumer for group in groups}, lambda name, y, g: seen.update({name: g})):
             model(**batch).logits.square().mean().backward()
         _assert_clean_but_embeddings(model)
         for group in groups:
@@ -77,13 +77,15 @@ def _assert_clean_but_embeddings(model: Any) -> None:
 def test_probes_are_removed_after_an_exception() -> None:
     model, batch = tiny("bert"), batches()[0]
 
-    def fail(group: Group, value: Tensor) -> None:
-        raise KeyError(group.name)
+    def fail(where: Any, *values: Tensor) -> None:
+        raise KeyError(getattr(where, "name", where))
 
+    groups = find_groups(model)
+    consumers = {group.name: group.consumer for group in groups}
     with quiet(model):
-        for probe in (on_consumer_input, on_output_gradient):
+        for probe in (on_consumer_input(groups, fail), on_output_gradient(consumers, fail)):
             embeddings = differentiable_embeddings(model)
-            with pytest.raises(KeyError, match=r"heads|neurons"), embeddings, probe(find_groups(model), fail):
+            with pytest.raises(KeyError, match=r"heads|neurons"), embeddings, probe:
                 model(**batch).logits.sum().backward()
             _assert_clean(model)
         broken = _data(model, [{**batch, "input_ids": batch["input_ids"] + 10_000}])

@@ -101,7 +101,7 @@ def test_defaults_in_the_tables_are_those_of_the_code():
             for field, value in zip(fields, values * (len(fields) if len(values) == 1 else 1), strict=False):
                 words = {"none": "None", "all": "None"}
                 if value and default.strip():
-                    actual = str(config[field])
+                    actual = " and ".join(config[field]) if isinstance(config[field], list) else str(config[field])
                     assert words.get(value, value) in (actual, actual.removesuffix(".0")), (field, value, actual)
                     seen += 1
     assert seen > 25

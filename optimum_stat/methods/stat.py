@@ -48,6 +48,8 @@ class STATConfig(PruningConfig):
         PruningConfig.__post_init__(self)
         if self.metric not in METRICS:
             raise ValueError(f"metric={self.metric!r} asked; it must be one of {', '.join(map(repr, METRICS))}.")
+        if self.published:
+            self.refuse_trunk("the published algorithm")
         if self.published and self.budget == "latency":
             raise ValueError(
                 "budget='latency' asked of the published algorithm, which only divides params or macs: ask for macs."

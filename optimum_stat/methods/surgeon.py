@@ -69,6 +69,13 @@ class SurgeonConfig(PruningConfig):
             raise ValueError(f"labels={self.labels!r} asked; it must be one of {', '.join(map(repr, LABELS))}.")
         if not 0 <= self.ridge < 1:
             raise ValueError(f"ridge={self.ridge} asked; it is relative to a diagonal and must lie in [0, 1).")
+        self._check_trunk()
+
+    def _check_trunk(self) -> None:
+        if self.structure != "units" or self.published:
+            self.refuse_trunk(f"structure={self.structure!r}" + (" as published" if self.published else ""))
+        if "layers" in self.structures and self.shots > 1:
+            raise ValueError(f"'layers' asked in {self.shots} shots: whole layers go in one; set shots=1.")
 
     @classmethod
     def paper(cls, keep: float = 0.5, budget: str = "params", shots: int = 40, structure: str = "lines") -> SurgeonConfig:
