@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import resources
+from pathlib import Path
 from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
+from . import plots
 from .config import PruningConfig
 from .families import TASK_OF_HEAD, task_of_class
 
@@ -37,8 +40,31 @@ class Paper:
         )
 
 
-def render(recipe: dict[str, Any], repo_id: str, paper: Paper) -> str:
-    """The card's text. `recipe` is what `checkpoint.make_recipe` returns, or `stat_recipe.json` read back."""
+PICTURES = "pictures"
+ALT = {
+    "kept": "The share of its heads and neurons that each block keeps",
+    "errors": "The expected error of each block at every size, and the sizes that were chosen",
+    "speed": "How many times as fast as the dense model the pruned one is, beside what its multiply-adds promise",
+    "latency": "Milliseconds of the dense model, asked, predicted, and measured",
+}
+
+
+def write(folder: Path, recipe: dict[str, Any], repo_id: str, paper: Paper) -> None:
+    """README.md, and the pictures in it if there is matplotlib, in place of earlier ones; each written beside, then renamed."""
+    files = {f"{PICTURES}/{name}": content for name, content in plots.pictures(recipe).items()}
+    names = [Path(name).stem for name in files]
+    if files:
+        (folder / PICTURES).mkdir(exist_ok=True)
+    for name, content in {**files, "README.md": render(recipe, repo_id, paper, names).encode()}.items():
+        beside = (folder / name).with_name(f".{Path(name).name}.new")
+        beside.write_bytes(content)
+        beside.replace(folder / name)
+
+
+def render(recipe: dict[str, Any], repo_id: str, paper: Paper, pictures: Sequence[str] = ()) -> str:
+    """The card's text. `recipe` is what `recipe.make_recipe` returns, or `stat_recipe.json` read back; `pictures`: which of
+    `plots.drawings` lie beside it.
+    """
     report = recipe["report"]
     task = task_of_class(recipe["architecture"])
     data = ModelCardData(
@@ -68,6 +94,11 @@ def render(recipe: dict[str, Any], repo_id: str, paper: Paper) -> str:
         notes=_notes(report["groups"]),
         config_json=json.dumps(recipe["config"]),
         asks=_asks(recipe["config"]),
+        pictures={name: f"![{ALT[name]}]({PICTURES}/{name}.png)" for name in pictures},
+        seconds=sum(stage["seconds"] for stage in report["stages"].values()),
+        peak=max((stage["peak_bytes"] or 0 for stage in report["stages"].values()), default=0),
+        speed=_speed(recipe.get("speed", ())),
+        macs_ratio=report["pruned"]["block_macs"] / report["dense"]["block_macs"],
     )
     return str(card)
 
@@ -80,8 +111,9 @@ def is_hub_id(source: str | None) -> bool:
 def _asks(config: dict[str, Any]) -> dict[str, Any]:
     """The options that ask for this configuration: all that were set, and those that were unset against their default."""
     defaults = PruningConfig().to_dict()
-    aside = {"structures"} if config.get("structures") == defaults["structures"] else set()
-    aside |= {"latency_table"} if config["budget"] == "latency" else {"latency_table", "latency_batch_size"}
+    serving = {name for name in config if name.startswith("serve_")}
+    aside = {"latency_table"} if config["budget"] == "latency" else {"latency_table", *serving}
+    aside |= {"structures"} if config.get("structures") == defaults["structures"] else set()
     return {
         name: "none" if value is None else " ".join(value) if isinstance(value, list) else value
         for name, value in config.items()
@@ -100,6 +132,22 @@ def _results(recipe: dict[str, Any], task: str) -> list[EvalResult]:
         )
         for metric in recipe["metrics"]
     ]
+
+
+def _speed(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The table's rows, as text."""
+    found = []
+    for row in rows:
+        behind = "one token each, behind" if row["phase"] == "decode" else "forward pass over"
+        faster = {name: 1 / row["ratio"][other] for name, other in (("low", "high"), ("median", "median"), ("high", "low"))}
+        each = {name: f"{row[f'{name}_tokens_per_second']:,.0f}" for name in ("dense", "pruned")}
+        spreads = {name: _spread(own) for name, own in (("dense", row["dense"]), ("pruned", row["pruned"]), ("faster", faster))}
+        found.append({"work": f"{behind} {row['batch_size']} × {row['seq_len']} tokens", "rates": each, **spreads})
+    return found
+
+
+def _spread(values: dict[str, float]) -> str:
+    return f"{values['median']:.2f} ({values['low']:.2f} to {values['high']:.2f})"
 
 
 def _auto_class(architecture: str) -> str:

@@ -9,7 +9,6 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +22,7 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedT
 
 from . import card, remote_code
 from .processes import Processes
+from .recipe import make_recipe
 from .structure import KEY, describe
 
 if TYPE_CHECKING:
@@ -172,30 +172,7 @@ def write_repo(pruner: Pruner[Any], folder: Path, name: str, public: bool = Fals
     if public and recipe["base_model"] and not card.is_hub_id(recipe["base_model"]):
         recipe["base_model"] = f"./{Path(recipe['base_model']).name}"
     (folder / RECIPE).write_text(json.dumps(recipe, indent=2) + "\n")
-    (folder / "README.md").write_text(card.render(recipe, name, pruner.paper))
-
-
-def make_recipe(pruner: Pruner[Any]) -> dict[str, Any]:
-    """All that is needed to do the run again: method, config, data, versions; and what came of it."""
-    libraries = ("optimum-stat", "torch", "transformers")
-    return {
-        "method": pruner.method,
-        "base_model": pruner.source,
-        "architecture": type(pruner.model).__name__,
-        "config": _config(pruner),
-        "record": getattr(pruner.model.config, KEY),
-        "report": pruner.report.to_dict(),
-        "metrics": pruner.metrics,
-        **({"latency_table": pruner.currency.table.to_dict()} if pruner.currency.table else {}),
-        "versions": {name: metadata.version(name) for name in libraries},
-    }
-
-
-def _config(pruner: Pruner[Any]) -> dict[str, Any]:
-    """The run's, without the folder on this machine where it found its latencies: they are in the recipe."""
-    config = pruner.config.to_dict()
-    table = config["latency_table"]
-    return config | {"latency_table": table and Path(table).name}
+    card.write(folder, recipe, name, pruner.paper)
 
 
 def check_record(model: PreTrainedModel) -> None:

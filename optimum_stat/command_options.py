@@ -17,6 +17,7 @@ from typing import Any
 PACKAGE = Path(__file__).parent
 DEFAULT_METHOD = "stat"
 READING = ("seq_len", "num_tokens", "max_examples", "batch_size", "seed")
+SERVING = ("round_to", "serve_batch_size", "serve_seq_len", "serve_phase", "serve_compiled", "latency_table")
 PLANNING = ("keep", "budget", "round_to", "seq_len", "num_tokens", "max_examples", "batch_size")
 
 
@@ -118,6 +119,21 @@ def add_planning_options(parser: argparse.ArgumentParser) -> None:
 def given_planning(args: argparse.Namespace) -> dict[str, Any]:
     """What the user gave of `add_planning_options`."""
     return {name: value for name, value in vars(args).items() if name in (*PLANNING, "metric")}
+
+
+def add_serving_options(parser: argparse.ArgumentParser) -> None:
+    """The shared fields that a table of latencies depends on."""
+    group = parser.add_argument_group("whose time")
+    for field in shared_fields():
+        if field.name in SERVING:
+            own = dataclasses.replace(field, doc="Tokens of each of them; while decoding, those in the cache.", default="128")
+            own = own if field.name == "serve_seq_len" else field
+            _add_field(group, own, _help(own))
+
+
+def given_serving(args: argparse.Namespace) -> dict[str, Any]:
+    """What the user gave of `add_serving_options`."""
+    return {name: value for name, value in vars(args).items() if name in SERVING}
 
 
 def given_reading(args: argparse.Namespace) -> dict[str, Any]:
@@ -230,6 +246,14 @@ def _help(field: ConfigField) -> str:
 def number(text: str) -> int | None:
     """A whole number, or None for "none" and "all"."""
     return None if text.lower() in ("none", "all") else int(text)
+
+
+def numbers(text: str) -> list[int]:
+    """Whole numbers above 0, with commas between them."""
+    found = [int(part) for part in text.split(",")]
+    if min(found) < 1:
+        raise ValueError
+    return found
 
 
 def real(text: str) -> float | None:

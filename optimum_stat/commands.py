@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, ClassVar, final
@@ -33,7 +34,13 @@ class EvaluateCommand(Command):
         dense = parser.add_mutually_exclusive_group()
         dense.add_argument("--dense", metavar="BASE", help="the model to compare with (default: the one that was pruned)")
         dense.add_argument("--no-dense", action="store_true", help="compare with none")
-        parser.add_argument("--save", action="store_true", help="write the metrics into MODEL's recipe and model card")
+        parser.add_argument(
+            "--speed",
+            type=command_options.numbers,
+            metavar="BATCH,...",
+            help="time both models, in turn, on batches of so many examples, such as 1,32; both have to fit into memory",
+        )
+        parser.add_argument("--save", action="store_true", help="write what was measured into MODEL's recipe and model card")
         command_options.add_data_options(parser, "which part of the dataset (default: validation, test or train)")
         command_options.add_reading_options(parser)
         command_options.add_model_options(parser)
@@ -57,10 +64,46 @@ class EvaluateCommand(Command):
         )
         kwargs = loading(args)
         dense = None if args.no_dense else args.dense or comparison.base_model(args.model, args.revision)
-        found = comparison.compare(args.model, dense, data, must=bool(args.dense), task=args.task, device=device(args), **kwargs)
+        how = {"must": bool(args.dense), "task": args.task, "device": device(args), "speed": args.speed or ()}
+        found = comparison.compare(args.model, dense, data, **how, **kwargs)
         if args.save:
             comparison.save(Path(args.model), found)
         return str(found), found.to_dict()
+
+
+@final
+class ProfileCommand(Command):
+    """`profile`."""
+
+    @staticmethod
+    def parse_args(parser: Any) -> None:
+        """Declare the options."""
+        parser.description = (
+            "Measure how long the blocks of a model take at every size, on this device, and print the table. `prune --budget "
+            "latency` with the same options finds it remembered. Run it on a machine that does nothing else."
+        )
+        parser.add_argument("model", metavar="MODEL", help="a model on the Hub, or a folder")
+        parser.add_argument("-o", "--output", type=Path, metavar="FILE", help="write it here too, for --latency-table")
+        command_options.add_serving_options(parser)
+        command_options.add_model_options(parser)
+        command_options.add_output_options(parser)
+
+    def work(self) -> Result:
+        """Look the table up, or measure it."""
+        args = self.args
+        check_model(args.model)
+        from . import profiling
+        from .config import PruningConfig
+
+        try:
+            config = PruningConfig(**command_options.given_serving(args))
+        except ValueError as error:
+            raise WrongArguments(str(error)) from error
+        found = profiling.profile(args.model, config, task=args.task, device=device(args), **loading(args))
+        values = found.to_dict()
+        if args.output is not None:
+            args.output.write_text(json.dumps(values) + "\n")
+        return str(found), values
 
 
 @final
@@ -124,6 +167,7 @@ class StatCommand(BaseOptimumCLICommand):
         CommandInfo(name="sweep", help="Prune a model to several sizes.", subcommand_class=SweepCommand),
         CommandInfo(name="plan", help="What a run would take: sizes, memory, time.", subcommand_class=PlanCommand),
         CommandInfo(name="evaluate", help="Measure a pruned model beside its dense one.", subcommand_class=EvaluateCommand),
+        CommandInfo(name="profile", help="Time a model's blocks at every size.", subcommand_class=ProfileCommand),
         CommandInfo(name="inspect", help="Show what is left of each block, or could be.", subcommand_class=InspectCommand),
         CommandInfo(name="autoload", help="Load pruned models in every program.", subcommand_class=AutoloadCommand),
     )

@@ -8,19 +8,22 @@ import json
 import logging
 import math
 import os
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from huggingface_hub import hf_hub_download, try_to_load_from_cache
 from transformers import AutoConfig, AutoModel
+from transformers.utils.logging import tqdm
 
 from . import card, checkpoint
 from .budget import model_cost
 from .evaluation import Data, Measured, cosine, measure
 from .families import task_of
 from .rows import Rows
+from .speed import Speed, side_by_side
 from .structure import HIDDEN, KEY, SIZES, describe
 
 logger = logging.getLogger(__name__)
@@ -58,6 +61,8 @@ class Comparison:
     pruned: Side
     dense: Side | None
     dataset: str
+    speed: tuple[Speed, ...] = ()
+    """Both in memory, timed in turn."""
 
     @property
     def metrics(self) -> list[dict[str, Any]]:
@@ -80,6 +85,7 @@ class Comparison:
             "metrics": self.metrics,
             "pruned": _plain(self.pruned),
             "dense": None if self.dense is None else _plain(self.dense),
+            "speed": [each.to_dict() for each in self.speed],
         }
 
     def __str__(self) -> str:
@@ -94,20 +100,40 @@ class Comparison:
         rows.append(_row(f"ms for {tokens} tokens", dense.milliseconds if dense else None, pruned.milliseconds, "{:,.1f}"))
         lines = [f"{name:<22}{dense:>16}{value:>16}{ratio:>8}".rstrip() for name, dense, value, ratio in rows]
         about = [f"model: {self.pruned.name}", *([f"dense: {self.dense.name}"] if self.dense else []), f"data: {self.dataset}"]
-        return "\n".join([*about, *lines])
+        return "\n".join([*about, *lines, *map(str, self.speed)])
 
 
-def compare(model: str, dense: str | None, data: Data, *, must: bool, task: str | None, device: Any, **kwargs: Any) -> Comparison:
-    """Measure `model`, then `dense`, one in memory at a time.
+def speeds(
+    model: str, dense: str, batch_sizes: Sequence[int], seq_len: int, task: str, device: Any, **kwargs: Any
+) -> list[Speed]:
+    """Both models in memory, in one dtype, timed in turn on batches of these sizes; of language models, decoding too."""
+    both = [checkpoint.load(path, task=task, **own)[0] for path, own in ((model, kwargs), (dense, _of_dense(kwargs)))]
+    both = [each.to(device=device, dtype=both[0].dtype) for each in both]
+    phases = ("prefill", "decode") if task == "text-generation" else ("prefill",)
+    work = [(phase, size) for phase in phases for size in batch_sizes]
+    return [side_by_side(both[1], both[0], size, seq_len, phase) for phase, size in tqdm(work, desc="Speed")]
+
+
+def compare(
+    model: str,
+    dense: str | None,
+    data: Data,
+    *,
+    must: bool,
+    task: str | None,
+    device: Any,
+    speed: Sequence[int] = (),
+    **kwargs: Any,
+) -> Comparison:
+    """Measure `model`, then `dense`, one in memory at a time; then, for batch sizes in `speed`, both together: see `speeds`.
 
     `kwargs` go to from_pretrained. If `dense` cannot be loaded and need not be (`must`), it is left out with a warning.
     """
     pruned, task = _side(model, data, task, device, **kwargs)
     beside = None
     if dense is not None:
-        own = {name: value for name, value in kwargs.items() if name not in ("revision", "gguf_file", "trust_remote_code")}
         try:
-            beside, _ = _side(dense, data, task, device, **own)
+            beside, _ = _side(dense, data, task, device, **_of_dense(kwargs))
         except OSError as error:
             if must:
                 raise
@@ -118,19 +144,31 @@ def compare(model: str, dense: str | None, data: Data, *, must: bool, task: str 
             f"{model} has no head: what is measured is how close its embeddings are to those of its dense model, and there is "
             "none to compare with. Name it with --dense, or give pairs of texts with a score (--label-column)."
         )
-    return Comparison(pruned, beside, Rows(data.dataset, data.text_columns, 1).source().partition(", columns ")[0])
+    found = Comparison(pruned, beside, Rows(data.dataset, data.text_columns, 1).source().partition(", columns ")[0])
+    if not speed:
+        return found
+    if dense is None or beside is None:
+        raise ValueError(f"The speed of {model} beside its dense model asked, and there is none. Name it with --dense.")
+    seq_len = (_recipe(model, kwargs.get("revision")).get("report") or {}).get("seq_len") or pruned.measured.num_tokens
+    return replace(found, speed=tuple(speeds(model, dense, speed, seq_len, task, device, **kwargs)))
 
 
 def base_model(model: str, revision: str | None) -> str | None:
     """What the recipe of a pruned model says it was made from."""
+    source = _recipe(model, revision).get("base_model")
+    return None if source is None else str(source)
+
+
+def _recipe(model: str, revision: str | None) -> dict[str, Any]:
+    """Empty if the model was not pruned by us, or not as a whole."""
     try:
         path = Path(model) / checkpoint.RECIPE
         if not Path(model).is_dir():
             path = Path(hf_hub_download(model, checkpoint.RECIPE, revision=revision))
-        source = json.loads(path.read_text())["base_model"]
-        return None if source is None else str(source)
-    except (OSError, ValueError, KeyError, TypeError):
-        return None  # not pruned by us, or not as a whole; --dense can say it
+        found = json.loads(path.read_text())
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
 def save(folder: Path, found: Comparison) -> None:
@@ -140,10 +178,12 @@ def save(folder: Path, found: Comparison) -> None:
     recipe = json.loads((folder / checkpoint.RECIPE).read_text())
     new = {(metric["name"], metric["dataset"]): metric for metric in found.metrics if metric["value"] is not None}
     recipe["metrics"] = [m for m in recipe["metrics"] if (m["name"], m["dataset"]) not in new] + list(new.values())
+    if found.speed:
+        recipe["speed"] = [each.to_dict() for each in found.speed]
     paper = next((method.paper for method in METHODS if method.method == recipe["method"]), None)
     if paper is None:
         raise ValueError(f"{folder / checkpoint.RECIPE} names method {recipe['method']!r}, which this optimum-stat lacks.")
-    _replace(folder / "README.md", card.render(recipe, folder.absolute().name, paper))
+    card.write(folder, recipe, folder.absolute().name, paper)
     _replace(folder / checkpoint.RECIPE, json.dumps(recipe, indent=2) + "\n")
 
 
@@ -202,6 +242,10 @@ def _side(path: str, data: Data, task: str | None, device: Any, **kwargs: Any) -
     del model
     gc.collect()
     return found
+
+
+def _of_dense(kwargs: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in kwargs.items() if name not in ("revision", "gguf_file", "trust_remote_code")}
 
 
 def _size_on_disk(path: str, kwargs: dict[str, Any]) -> int | None:

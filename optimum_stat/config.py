@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 
 BUDGETS = ("params", "macs", "latency")
 STRUCTURES = ("heads", "neurons", "hidden", "layers")
+PHASES = ("prefill", "decode")
 C = TypeVar("C", bound="PruningConfig")
 
 
@@ -23,7 +24,7 @@ class PruningConfig:
     """Share of the blocks' cost that stays, in (0, 1]. Asked of the whole model, not of each layer."""
     budget: str = "params"
     """What `keep` counts: "params", "macs" (multiply-adds of one example of the calibration data's mean length), or "latency"
-    (measured time of the whole model, on the device it is on, for a batch of such examples)."""
+    (measured time of the whole model, on the device it is on, for the work that `serve_...` say)."""
     round_to: int = 8
     """MLP widths become multiples of this, for the matrix kernels (reported for VTrans: 8 gives 1.52x, 64 1.75x, none 1.25x)."""
     seq_len: int | None = None
@@ -39,8 +40,14 @@ class PruningConfig:
     distill_epochs: int = 0
     """Afterwards, train the weights that stay for so many passes over the calibration data, to predict what the dense model
     predicts. No labels; each pass costs about four forward passes. 0: nothing is trained."""
-    latency_batch_size: int = 1
-    """Examples in the batch whose time a latency budget counts."""
+    serve_batch_size: int = 1
+    """Examples in the batch that a latency budget counts."""
+    serve_seq_len: int | None = None
+    """Tokens of each of them; while decoding, those in the cache. None: the mean length of the calibration data's examples."""
+    serve_phase: str = "prefill"
+    """Whose latency: "prefill" (a forward pass over all tokens), or "decode" (over one more token, with a cache)."""
+    serve_compiled: bool = False
+    """Whether the latency is that of the model under torch.compile. Compiling every size takes its time."""
     latency_table: str | None = None
     """A file with latencies that an earlier run measured: a recipe (stat_recipe.json), or a table of its own. None: they are
     measured, and remembered for the next run on this device."""
@@ -57,9 +64,11 @@ class PruningConfig:
             raise ValueError(f"keep={self.keep} asked; it is the share of the model that stays and must lie in (0, 1].")
         if self.budget not in BUDGETS:
             raise ValueError(f"budget={self.budget!r} asked; it must be one of {', '.join(map(repr, BUDGETS))}.")
+        if self.serve_phase not in PHASES:
+            raise ValueError(f"serve_phase={self.serve_phase!r} asked; it must be one of {', '.join(map(repr, PHASES))}.")
         if not isinstance(self.distill_epochs, int) or self.distill_epochs < 0:
             raise ValueError(f"distill_epochs={self.distill_epochs!r} asked; it must be a whole number of at least 0.")
-        for name in ("round_to", "batch_size", "seq_len", "num_tokens", "max_examples", "latency_batch_size"):
+        for name in ("round_to", "batch_size", "seq_len", "num_tokens", "max_examples", "serve_batch_size", "serve_seq_len"):
             value = getattr(self, name)
             if value is not None and (not isinstance(value, int) or value < 1):
                 raise ValueError(f"{name}={value!r} asked; it must be a whole number of at least 1.")

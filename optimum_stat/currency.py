@@ -12,6 +12,7 @@ from .data import Batches
 from .families import Group, find_groups
 from .latency import LatencyTable, latency_table
 from .probes import quiet
+from .timing import Setting
 
 if TYPE_CHECKING:
     from .report import TimedStage
@@ -41,8 +42,10 @@ class Currency:
         table = None
         if config.budget == "latency":
             with quiet(model), stage("latency"):
-                own = latency_table(model, config.round_to, config.latency_batch_size, seq_len, config.latency_table)
-                table = LatencyTable(**batches.processes.tell(own.to_dict()))
+                length = config.serve_seq_len or seq_len
+                setting = Setting.of(model, config.serve_phase, config.serve_batch_size, length, config.serve_compiled)
+                own = latency_table(model, config.round_to, setting, config.latency_table)
+                table = LatencyTable.from_dict(batches.processes.tell(own.to_dict()))
         return cls(model, config.budget, config.round_to, config.structures, seq_len, dense, table)
 
     def limit(self, keep: float) -> float:
@@ -60,7 +63,7 @@ class Currency:
             total, fixed = self.table.total, self.table.fixed
         least = fixed + sum(min(own) for own in costs.values())
         if keep * total < least:
-            what = f"{total:,} {self.budget}" if self.table is None else f"{total / 1e6:.3f} ms on {self.table.device}"
+            what = f"{total:,} {self.budget}" if self.table is None else f"{total / 1e6:.3f} ms for {self.table.setting}"
             neurons = max((sizes[group.name][0] for group in groups if group.structure == "neurons"), default=0)
             fewest = {"heads": "one head", "neurons": f"{neurons} neurons"}
             units = " and ".join(own if name in self.structures else f"all {name}" for name, own in fewest.items())

@@ -61,7 +61,7 @@ class DryRun:
             block, _, structure = group.name.partition(".")
             rows.setdefault((structure, group.units, group.fewest, group.params, group.macs), []).append(int(block))
         for (structure, units, fewest, params, macs), blocks in rows.items():
-            lines.append(f"{_ranges(blocks):<12}{structure:<10}{units:>8,}{fewest:>8}{params:>16,}{macs:>16,}")
+            lines.append(f"{ranges(blocks):<12}{structure:<10}{units:>8,}{fewest:>8}{params:>16,}{macs:>16,}")
         smallest = ", ".join(f"{share:.2%} of the {name}" for name, share in self.smallest.items())
         notes = sorted({f"{group.name.partition('.')[2]}: {group.note}" for group in self.groups if group.note})
         return "\n".join([*lines, f"smallest: {smallest}", *notes])
@@ -94,7 +94,7 @@ def dry_run(model: str, revision: str | None = None, round_to: int = PruningConf
     return DryRun(model, config.model_type, seq_len, groups, total["params"], total["macs"], smallest)
 
 
-def _ranges(numbers: list[int]) -> str:
+def ranges(numbers: list[int]) -> str:
     """[0, 1, 2, 5] as "0-2,5"."""
     parts: list[list[int]] = []
     for number in numbers:

@@ -22,10 +22,10 @@ from .data import SEQ_LEN, Batches, make_batches
 from .families import find_groups, task_of
 from .labels import COLUMNS as LABEL_COLUMNS
 from .labels import class_ids
-from .latency import median_time
 from .probes import device_of, quiet
 from .rows import Rows
 from .squad import answers, exact_match_and_f1
+from .timing import median_time
 
 MASKED_SHARE = 0.15  # of the tokens, as in BERT's training
 

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import hashlib
 import json
 import logging
-import platform
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib import metadata
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -20,20 +19,21 @@ import numpy as np
 import torch
 from huggingface_hub import constants
 from scipy.optimize import isotonic_regression
-from torch import Tensor, nn
+from torch import nn
 from transformers.utils.logging import tqdm
 
 from .budget import options
 from .families import Group, find_blocks, find_groups, groups_of_block, sliding_window
-from .probes import device_of
-from .slicing import slice_group
-from .walk import record_calls
+from .timing import SECONDS, Setting, Workload, median_time, steady_ratio
+from .walk import Call
 
 logger = logging.getLogger(__name__)
-SIZES = 32  # numbers of neurons that are tried
-PAIRS = (7, 100)  # timings of a block beside its dense one: at least, at most
+SIZES = 32  # of a group that are tried
+FIRST = 24  # of these, before it is known where the steps are
+STEP = 0.01  # of the dense block's time: neighbours that differ by less are not looked between
+MOST_SAVED = 0.98  # of a block's time, at most, goes with its heads and neurons
+COPIES = 3  # of a block at each size: where a copy's weights lie in memory makes a difference
 TOLERANCE = 0.1  # between what was predicted and what is measured, before somebody is told
-SECONDS = 0.3  # for one size, if so many timings fit into it
 
 
 @dataclass(frozen=True)
@@ -41,9 +41,12 @@ class Latency:
     """Milliseconds of the whole model's forward pass, where the budget was a latency."""
 
     device: str
+    """And dtype, and implementation."""
+    phase: str
+    """"prefill" or "decode"."""
     batch_size: int
     seq_len: int
-    """Tokens of each example in the batch."""
+    """Tokens of each example in the batch; while decoding, in the cache."""
     dense: float
     asked: float
     predicted: float
@@ -56,12 +59,9 @@ class Latency:
 class LatencyTable:
     """Wall times of a model and of each group's sizes, in whole nanoseconds."""
 
-    device: str
-    """As `describe_device` has it."""
-    batch_size: int
-    seq_len: int
+    setting: Setting
     total: int
-    """The dense model's forward pass over one batch: [batch_size, seq_len] tokens, without padding."""
+    """The dense model's time."""
     sizes: Mapping[str, Sequence[int]]
     """Group name -> the sizes that were timed, the last the dense one."""
     times: Mapping[str, Sequence[int]]
@@ -88,9 +88,8 @@ class LatencyTable:
 
     def compare(self, pruned: Any, keep: float, kept: Mapping[str, int]) -> Latency:
         """What was asked and predicted beside what the pruned model takes now. Call it inside `quiet(pruned)`."""
-        inputs = _inputs(pruned, self.batch_size, self.seq_len)
-        with torch.no_grad():
-            measured = median_time(lambda: pruned(**inputs), device_of(pruned))
+        work = Workload(pruned, self.setting)
+        measured = median_time(work.run_model(), work.device)
         asked, predicted = keep * self.total, self.predicted(kept)
         if abs(measured - predicted) > TOLERANCE * predicted:
             logger.warning(
@@ -101,29 +100,35 @@ class LatencyTable:
                 cache_folder(),
             )
         milliseconds = (each / 1e6 for each in (self.total, asked, predicted, measured))
-        return Latency(self.device, self.batch_size, self.seq_len, *milliseconds)
+        own = self.setting
+        return Latency(own.where, own.phase, own.batch_size, own.seq_len, *milliseconds)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values."""
         return dataclasses.asdict(self)
 
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> LatencyTable:
+        """The inverse of `to_dict`."""
+        return cls(**{**values, "setting": Setting(**values["setting"])})
 
-def latency_table(model: Any, round_to: int, batch_size: int, seq_len: int, path: str | None) -> LatencyTable:
+
+def latency_table(model: Any, round_to: int, setting: Setting, path: str | None = None) -> LatencyTable:
     """The table in the file `path`; without one, this machine's from an earlier run, or measured now and remembered.
 
     Raises:
-        ValueError: the file is no table, is that of another device or batch, or does not fit the model.
+        ValueError: the file is no table, is that of another setting, or does not fit the model.
     """
     if path is not None:
-        table = _read(Path(path), model, round_to, batch_size)
-        if table.seq_len != seq_len:
-            asked = f"{table.seq_len} tokens an example; the mean of the calibration data is {seq_len}"
+        table = _read(Path(path), model, round_to, setting)
+        if table.setting.seq_len != setting.seq_len:
+            asked = f"{table.setting.seq_len} tokens an example; asked, or the mean of the calibration data, is {setting.seq_len}"
             logger.warning("The latencies in %s are for %s. The budget counts the former.", path, asked)
         return table
-    cached = cache_folder() / f"{_key(model, round_to, batch_size, seq_len)}.json"
+    cached = cache_folder() / f"{_key(model, round_to, setting)}.json"
     if cached.exists():
-        return LatencyTable(**json.loads(cached.read_text()))
-    table = measure_table(model, round_to, batch_size, seq_len)
+        return LatencyTable.from_dict(json.loads(cached.read_text()))
+    table = measure_table(model, round_to, setting)
     try:
         cached.parent.mkdir(parents=True, exist_ok=True)
         beside = cached.with_name(f".{cached.name}.{time.time_ns()}")
@@ -140,99 +145,75 @@ def cache_folder() -> Path:
 
 
 @torch.no_grad()
-def measure_table(model: Any, round_to: int, batch_size: int, seq_len: int) -> LatencyTable:
-    """Time the model, and a copy of each kind of block at up to 32 sizes of its heads and of its neurons.
+def measure_table(model: Any, round_to: int, setting: Setting) -> LatencyTable:
+    """Time the model, and copies of each kind of block at up to 32 sizes of its heads and of its neurons.
 
-    Every size is timed in turn with the dense block: the median of the ratios is not moved by what else the machine does in
-    the meantime, and as in a real model no block finds its weights in the cache. Call it inside `quiet(model)`.
+    Every size is timed in turn with the dense block, so that what else the machine does meanwhile moves both, and as in a real
+    model no block finds its weights in the cache. Call it inside `quiet(model)`.
     """
-    inputs = _inputs(model, batch_size, seq_len)
-    calls = record_calls(model, find_blocks(model), inputs)
-    device, blocks = device_of(model), find_blocks(model)
-    total = median_time(lambda: model(**inputs), device)
+    work = Workload(model, setting)
+    calls, run, blocks = work.calls(), work.run_model(), work.blocks
+    total = median_time(run, work.device)
     sizes, times, known = dict[str, list[int]](), dict[str, list[int]](), dict[Any, dict[str, tuple[list[int], list[int]]]]()
     for index, block in enumerate(tqdm(blocks, desc="Timing", unit="block")):
         kind = _kind(model, index, block)
         if kind not in known:
-            args, kwargs = calls[index][0]
-            share = len(calls[index]) * median_ratio(lambda: block(*args, **kwargs), lambda: model(**inputs), device)  # noqa: B023
-            known[kind] = _time_sizes(model, index, lambda b: b(*args, **kwargs), round_to, round(share * total))  # noqa: B023
+            call = calls[index][0]
+            share = len(calls[index]) * steady_ratio(work.run_block(index, call), run, work.device)
+            known[kind] = _time_block(work, index, call, round_to, round(share * total))
         for structure, (own_sizes, own_times) in known[kind].items():
             sizes[f"{index}.{structure}"], times[f"{index}.{structure}"] = own_sizes, own_times
-    # blocks that together take longer than the model were timed while the machine did something else
-    scale = min(1.0, total / sum(times[f"{index}.heads"][-1] for index in range(len(blocks))))
+    # what blocks were timed at decides how they share what the model takes without the rest of it, not how much that is
+    rest = steady_ratio(work.run_without_blocks(calls), run, work.device)
+    scale = (1 - rest) * total / sum(times[f"{index}.heads"][-1] for index in range(len(blocks)))
     times = {name: [int(scale * each) for each in own] for name, own in times.items()}
-    return LatencyTable(describe_device(model), batch_size, seq_len, total, sizes, times)
+    return LatencyTable(setting, total, sizes, times)
 
 
-def _time_sizes(
-    model: Any, index: int, run: Callable[[nn.Module], Any], round_to: int, dense_time: int
-) -> dict[str, tuple[list[int], list[int]]]:
+def _time_block(work: Workload, index: int, call: Call, round_to: int, dense_time: int) -> dict[str, tuple[list[int], list[int]]]:
     """Structure -> (sizes, nanoseconds of the whole block with that many units of it)."""
-    dense, device, found = find_blocks(model)[index], device_of(model), {}
-    for at, group in enumerate(groups_of_block(model, index, dense)):
-        sizes = sizes_to_try(group, round_to)
-        times = []
-        for size in tqdm(sizes[:-1], desc=f"Timing {group.structure}", unit="size", leave=False):
-            small = copy.deepcopy(dense)
-            slice_group(groups_of_block(model, index, small)[at], torch.arange(size))
-            times.append(round(dense_time * median_ratio(lambda: run(small), lambda: run(dense), device)))  # noqa: B023
-        # more units of one alignment do not take less time; what says so is noise, which the allocation would pick out
-        found[group.structure] = sizes, np.rint(isotonic_regression([*times, dense_time]).x).astype(int).tolist()
-    return found
+    timed = {
+        group.structure: _time_sizes(work, index, call, at, options(group, round_to))
+        for at, group in enumerate(groups_of_block(work.model, index, work.blocks[index]))
+    }
+    # more units of one alignment do not take less time; what says so is noise, which the allocation would pick out
+    rising = {structure: isotonic_regression(list(ratios.values())).x for structure, ratios in timed.items()}
+    # nor is there a block that takes no time at all
+    spare = min(1.0, MOST_SAVED / max(MOST_SAVED, sum(1 - own[0] for own in rising.values())))
+    found = {structure: np.rint(dense_time * (1 - spare * (1 - own))).astype(int).tolist() for structure, own in rising.items()}
+    return {structure: (list(ratios), found[structure]) for structure, ratios in timed.items()}
 
 
-def sizes_to_try(group: Group, round_to: int) -> list[int]:
-    """All numbers of heads; at most 32 numbers of neurons, evenly spaced multiples of `round_to`, and the dense one."""
-    return options(group, round_to * max(1, -(-group.units // (SIZES * round_to))))
+def _time_sizes(work: Workload, index: int, call: Call, group: int, allowed: Sequence[int]) -> dict[int, float]:
+    """Size -> time over the dense block's, ascending: at most 24 even sizes first, then those between the largest steps."""
+    ratios = {allowed[-1]: 1.0}
+
+    def measure(size: int) -> None:
+        if size not in ratios:
+            found = []
+            for _ in range(COPIES):
+                work.start_over()
+                small, dense = work.run_block(index, call, group, size), work.run_block(index, call)
+                found.append(steady_ratio(small, dense, work.device, SECONDS / COPIES))
+            ratios[size] = min(1.0, statistics.median(found))
+
+    step = allowed[0]
+    while allowed[-1] // step > FIRST:
+        step *= 2  # matrix kernels have their steps at such multiples
+    first = [size for size in allowed if size % step == 0 or size == allowed[0]]
+    for size in tqdm(first, desc="Timing", unit="size", leave=False):
+        measure(size)
+    while len(ratios) < SIZES and (size := _between(ratios, allowed)) is not None:
+        measure(size)
+    return dict(sorted(ratios.items()))
 
 
-def describe_device(model: nn.Module) -> str:
-    """What the times depend on: the device, the number of threads on a CPU, and the model's dtype."""
-    device, dtype = device_of(model), str(next(model.parameters()).dtype).removeprefix("torch.")
-    on_cpu = f"{_processor()}, {torch.get_num_threads()} threads"
-    return f"{device.type} ({torch.cuda.get_device_name(device) if device.type == 'cuda' else on_cpu}), {dtype}"
-
-
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor() or platform.machine()
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
-
-
-def _inputs(model: Any, batch_size: int, seq_len: int) -> dict[str, Tensor]:
-    vocab_size = model.get_input_embeddings().weight.shape[0]
-    ids = torch.randint(vocab_size, (batch_size, seq_len), generator=torch.Generator().manual_seed(0))
-    return {name: value.to(device_of(model)) for name, value in (("input_ids", ids), ("attention_mask", torch.ones_like(ids)))}
-
-
-def median_time(run: Callable[[], Any], device: torch.device) -> int:
-    """Median nanoseconds of a call, after two that do not count."""
-    once = max(_timed(run, device), _timed(run, device))
-    times = [_timed(run, device) for _ in range(_repeats(once))]
-    return round(statistics.median(times))
-
-
-def median_ratio(run: Callable[[], Any], beside: Callable[[], Any], device: torch.device) -> float:
-    """Median of the ratios of their times, taken in turn."""
-    once = max(_timed(run, device) + _timed(beside, device) for _ in range(2))
-    pairs = [(_timed(beside, device), _timed(run, device)) for _ in range(_repeats(once))]
-    return statistics.median(own / other for other, own in pairs)
-
-
-def _repeats(nanoseconds: int) -> int:
-    fewest, most = PAIRS
-    return max(fewest, min(most, int(SECONDS * 1e9 / max(1, nanoseconds))))
-
-
-def _timed(run: Callable[[], Any], device: torch.device) -> int:
-    start = time.perf_counter_ns()
-    run()
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter_ns() - start
+def _between(ratios: Mapping[int, float], allowed: Sequence[int]) -> int | None:
+    """The middle of the sizes between those two neighbours whose times differ most; None if all steps are found."""
+    known = sorted(ratios)
+    steps = [(abs(ratios[b] - ratios[a]), [size for size in allowed if a < size < b]) for a, b in pairwise(known)]
+    step, inside = max(((step, inside) for step, inside in steps if inside), key=lambda each: each[0], default=(0.0, []))
+    return inside[len(inside) // 2] if step > STEP else None
 
 
 def _kind(model: Any, index: int, block: nn.Module) -> Any:
@@ -241,36 +222,39 @@ def _kind(model: Any, index: int, block: nn.Module) -> Any:
     return shapes, sliding_window(model.config, index)
 
 
-def _key(model: Any, round_to: int, batch_size: int, seq_len: int) -> str:
+def _key(model: Any, round_to: int, setting: Setting) -> str:
     kinds = [repr(_kind(model, index, block)) for index, block in enumerate(find_blocks(model))]
     versions = [metadata.version(name) for name in ("optimum-stat", "torch", "transformers")]
-    attention = getattr(model.config, "_attn_implementation", None)
-    what = [type(model).__name__, attention, describe_device(model), round_to, batch_size, seq_len, kinds, versions]
+    what = [type(model).__name__, setting.to_dict(), round_to, kinds, versions]
     return hashlib.sha256(json.dumps(what).encode()).hexdigest()[:24]
 
 
-def _read(path: Path, model: Any, round_to: int, batch_size: int) -> LatencyTable:
+def _read(path: Path, model: Any, round_to: int, setting: Setting) -> LatencyTable:
     """A table from a file of its own, or from the recipe of a model that was pruned with it."""
     try:
         values = json.loads(path.read_text())
-        table = LatencyTable(**(values.get("latency_table") or values))
-    except (OSError, ValueError, TypeError, AttributeError) as error:
+        table = LatencyTable.from_dict(values.get("latency_table") or values)
+    except (OSError, ValueError, TypeError, AttributeError, KeyError) as error:
         raise ValueError(f"latency_table={str(path)!r} asked, but it holds no table of latencies: {error}") from error
-    here = describe_device(model)
-    if table.device != here:
-        gone = "" if torch.cuda.is_available() or not table.device.startswith("cuda") else ", which this machine does not have"
+    there = table.setting
+    if (there.device, there.dtype) != (setting.device, setting.dtype):
+        gone = "" if torch.cuda.is_available() or not there.device.startswith("cuda") else ", which this machine does not have"
         raise ValueError(
-            f"The latencies in {path} were measured on {table.device}{gone}; the model is on {here}. Times of one device say "
-            "nothing about another's: leave latency_table out to measure here, or prune where they were measured."
+            f"The latencies in {path} were measured on {there.device}, {there.dtype}{gone}; the model is on {setting.device}, "
+            f"{setting.dtype}. Times of one device say nothing about another's: leave latency_table out to measure here, or "
+            "prune where they were measured."
         )
-    if table.batch_size != batch_size:
-        raise ValueError(f"The latencies in {path} are of batches of {table.batch_size}, but {batch_size} is asked.")
-    wanted = {group.name: sizes_to_try(group, round_to) for group in find_groups(model)}
-    wrong = [name for name in {**wanted, **table.sizes} if wanted.get(name) != list(table.sizes.get(name, ()))]
-    if wrong or any(len(table.times.get(name, ())) != len(sizes) for name, sizes in wanted.items()):
-        name = (wrong or list(wanted))[0]
-        raise ValueError(
-            f"The latencies in {path} are another model's: of {name} it has the sizes {list(table.sizes.get(name, ()))}, and "
-            f"{wanted.get(name)} are wanted. Leave latency_table out to measure them."
-        )
+    if dataclasses.replace(there, seq_len=setting.seq_len) != setting:
+        raise ValueError(f"The latencies in {path} are of {there}, but {setting} is asked.")
+    _check_sizes(path, table, {group.name: options(group, round_to) for group in find_groups(model)})
     return table
+
+
+def _check_sizes(path: Path, table: LatencyTable, allowed: Mapping[str, Sequence[int]]) -> None:
+    for name in {**allowed, **table.sizes}:
+        found, times, own = list(table.sizes.get(name, ())), table.times.get(name, ()), allowed.get(name, [0])
+        if not found or found[-1] != own[-1] or not set(found) <= set(own) or len(times) != len(found):
+            raise ValueError(
+                f"The latencies in {path} are another model's, or of another round_to: of {name} it has the sizes {found}, and "
+                f"some of {list(own)} are wanted. Leave latency_table out to measure them."
+            )

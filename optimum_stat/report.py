@@ -22,6 +22,8 @@ from .probes import quiet
 if TYPE_CHECKING:
     from .pruner import Pruner
 
+POINTS = 32  # of an error curve, for a picture of it
+
 
 @dataclass(frozen=True)
 class GroupReport:
@@ -37,12 +39,16 @@ class GroupReport:
     """The predicted increase of the loss, see `Pruner.nats`; that of all shots together."""
     note: str = ""
     """Why dropping one unit changes others too; empty where it does not."""
+    curve: tuple[tuple[int, float], ...] = ()
+    """(units kept, expected increase of the loss) at some sizes, that kept among them. In several shots, of the last one."""
 
     @classmethod
     def of(cls, group: Group, curve: Tensor, kept: int, nats: float) -> GroupReport:
         """curve: the error for every number of units kept, [units + 1]; nats: what an error of 1 stands for."""
         share = float(curve[kept] / curve[0]) if curve[0] else 0.0
-        return cls(group.name, group.units, kept, share, nats * float(curve[kept]), group.inexact)
+        sizes = sorted({*range(1, group.units + 1, max(1, group.units // POINTS)), kept, group.units})
+        points = tuple((size, float(f"{nats * float(curve[size]):.4g}")) for size in sizes)
+        return cls(group.name, group.units, kept, share, nats * float(curve[kept]), group.inexact, points)
 
 
 Lines = tuple[GroupReport, ...]

@@ -156,7 +156,7 @@ def record_calls(
 
     with torch.no_grad(), ExitStack() as stack:
         for index, block in enumerate(blocks):
-            stack.enter_context(_replaced_forward(block, partial(record, index, block.forward)))
+            stack.enter_context(replaced_forward(block, partial(record, index, block.forward)))
         with suppress(_Stop):
             model(**inputs)
     return calls
@@ -167,7 +167,8 @@ def _same(one: Tensor, other: Tensor) -> bool:
 
 
 @contextmanager
-def _replaced_forward(module: nn.Module, forward: Any) -> Any:
+def replaced_forward(module: nn.Module, forward: Any) -> Iterator[None]:
+    """Let `module` do something else meanwhile."""
     before = module.__dict__.get("forward")  # accelerate keeps its own forward there
     module.forward = forward
     try:

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import copy
+import io
 import json
+import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from huggingface_hub import ModelCard
 from tiny import batches, tiny
 
-from optimum_stat import STATConfig, STATPruner
-from optimum_stat.card import Paper, render
+from optimum_stat import STATConfig, STATPruner, plots
+from optimum_stat.card import Paper, render, write
 from optimum_stat.methods import METHODS
 
 CARDS = Path(__file__).parent.parent / "model_cards"
@@ -68,6 +71,11 @@ def test_the_text_says_what_was_asked_and_reached_and_how(folder: Path):
         f"{report['data']}; 6 examples, 48 tokens, SHA-256 of the tokens `{report['fingerprint'][:16]}`",
         "optimum-cli stat prune --method stat --model user/dense-llama --dataset DATASET --keep 0.6 --budget macs",
         "eprint = {2406.00061}",
+        "![The share of its heads and neurons that each block keeps](pictures/kept.png)",
+        "](pictures/errors.png)",
+        f"on {recipe['environment']['device']}",
+        "Energy was not measured.",
+        f"Python {recipe['environment']['python']}",
         f"transformers {recipe['versions']['transformers']}",
     ):
         assert part in card, part
@@ -165,18 +173,35 @@ def edited_cards(cards: Path) -> Iterator[str]:
             ModelCard(card).data.to_dict().get("model-index", [{}])[0].get("name") or card.partition("\n# ")[2].partition("\n")[0]
         )
         names = [name] + [line.split('"')[1] for line in card.splitlines() if line.startswith("model = ")]
-        if all(render(copy.deepcopy(recipe), each, PAPERS[recipe["method"]]) != card for each in names):
+        lying = [name for name in plots.drawings(recipe) if (folder / "pictures" / f"{name}.png").exists()]
+        if all(render(copy.deepcopy(recipe), each, PAPERS[recipe["method"]], lying) != card for each in names):
             yield folder.name
 
 
 def test_the_cards_in_the_repository_are_rendered_not_written():
-    assert not CARDS.exists() or list(edited_cards(CARDS)) == []
+    assert list(edited_cards(CARDS)) == []
+
+
+@pytest.mark.parametrize("folder", sorted(path for path in CARDS.iterdir() if path.is_dir()), ids=lambda path: path.name)
+def test_the_pictures_in_the_repository_are_drawn_from_their_recipes(folder: Path):
+    from PIL import Image
+
+    pytest.importorskip("matplotlib")
+    drawn = plots.pictures(json.loads((folder / "recipe.json").read_text()))
+    assert set(drawn) == {path.name for path in (folder / "pictures").iterdir()}
+    for name, content in drawn.items():
+        found, wanted = (
+            np.asarray(Image.open(each).convert("RGBA"), float) for each in (folder / "pictures" / name, io.BytesIO(content))
+        )
+        assert found.shape == wanted.shape
+        assert np.abs(found - wanted).mean() < 2, name  # another matplotlib sets text a little otherwise
 
 
 def test_an_edited_card_is_noticed(folder: Path, tmp_path: Path):
     (tmp_path / "one").mkdir()
     shutil.copy(folder / "stat_recipe.json", tmp_path / "one" / "recipe.json")
     shutil.copy(folder / "README.md", tmp_path / "one")
+    shutil.copytree(folder / "pictures", tmp_path / "one" / "pictures")
     assert list(edited_cards(tmp_path)) == []
     card = (tmp_path / "one" / "README.md").read_text()
     for old, new in (("0.9125", "0.9925"), ("22 of 44", "21 of 44"), ("## Limits", "## No limits"), ("60.0%", "50.0%")):
@@ -191,7 +216,7 @@ def test_an_edited_card_is_noticed(folder: Path, tmp_path: Path):
 
 
 def test_the_card_says_whether_weights_were_trained():
-    recipe = json.loads((CARDS / "smollm2-135m-75" / "recipe.json").read_text())
+    recipe = json.loads((CARDS / "minilm-sst2-stat" / "recipe.json").read_text())
     text = render(recipe, "me/small", PAPERS["stat"])
     assert "corrected, without retraining." in text
     recipe["config"]["distill_epochs"] = 1
@@ -200,3 +225,38 @@ def test_the_card_says_whether_weights_were_trained():
     text = render(recipe, "me/small", PAPERS["stat"])
     assert "corrected, and trained for 3 passes over the calibration data." in text
     assert "without retraining" not in text
+
+
+def test_without_matplotlib_the_card_has_no_pictures(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(plots, "available", lambda: False)
+    write(tmp_path, recipe_of(folder), "llama-small", PAPERS["stat"])
+    assert [path.name for path in tmp_path.iterdir()] == ["README.md"]
+    card = (tmp_path / "README.md").read_text()
+    assert "pictures" not in card
+    assert "![" not in card
+    assert "## Sizes" in card
+
+
+def test_every_picture_of_a_card_lies_beside_it(folder: Path):
+    card = (folder / "README.md").read_text()
+    named = re.findall(r"!\[[^]]+\]\(([^)]+)\)", card)
+    assert sorted(named) == sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*.png"))
+    assert len(named) == 2
+
+
+def test_speed_is_shown_with_its_spread(folder: Path):
+    recipe = recipe_of(folder)
+    row = {"phase": "decode", "batch_size": 32, "seq_len": 128, "device": "cpu (an abacus, 1 threads), float32, sdpa"}
+    spreads = {
+        "dense": {"low": 9.0, "median": 10.0, "high": 11.0},
+        "pruned": {"low": 4.5, "median": 5.0, "high": 6.0},
+        "ratio": {"low": 0.4, "median": 0.5, "high": 0.8},
+    }
+    recipe["speed"] = [{**row, **spreads, "dense_tokens_per_second": 3200.0, "pruned_tokens_per_second": 6400.0}]
+    card = render(recipe, "me/small", PAPERS["stat"], ["speed"])
+    assert (
+        "| one token each, behind 32 × 128 tokens | 10.00 (9.00 to 11.00) | 5.00 (4.50 to 6.00) | 2.00 (1.25 to 2.50) |" in card
+    )
+    assert "(1.25 to 2.50) | 3,200 | 6,400 |" in card
+    assert "in turn, on cpu (an abacus, 1 threads), float32, sdpa. By its multiply-adds" in card
+    assert "](pictures/speed.png)" in card

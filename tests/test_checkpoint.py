@@ -53,7 +53,7 @@ def equal(model: Any, other: Any) -> bool:
 
 
 def test_what_is_written(folder: Path):
-    assert sorted(path.name for path in folder.iterdir()) == sorted([*FILES, *TOKENIZER, "generation_config.json"])
+    assert sorted(path.name for path in folder.iterdir()) == sorted([*FILES, *TOKENIZER, "generation_config.json", "pictures"])
     assert [path.name for path in folder.parent.iterdir()] == ["pruned"]
     assert folder.stat().st_mode & 0o777 == 0o755
     assert "# pruned\n" in (folder / "README.md").read_text()
@@ -294,7 +294,8 @@ def pushed(server: HubServer, tmp_path_factory: pytest.TempPathFactory) -> dict[
 def test_a_pushed_repo_is_whole(pushed: dict[str, Any], server: HubServer):
     assert pushed["open"].startswith(f"{server.endpoint}/user/open/commit/")
     files = server.files("user/open")
-    assert sorted(files) == sorted([".gitattributes", *FILES, *TOKENIZER, "generation_config.json"])
+    pictures = ["pictures/errors.png", "pictures/kept.png"]
+    assert sorted(files) == sorted([".gitattributes", *FILES, *TOKENIZER, "generation_config.json", *pictures])
     assert server.commits("user/open") == ["initial commit", "half of it"]
     assert b'from_pretrained("user/open")' in files["README.md"]
     assert json.loads(files["config.json"])["auto_map"]["AutoModelForCausalLM"] == "modeling_stat.LlamaForCausalLM"

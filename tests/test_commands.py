@@ -215,6 +215,29 @@ def test_evaluate_puts_the_dense_model_beside_and_saves(
     assert row in (Path(pruned["classifier"]) / "README.md").read_text()
 
 
+def test_evaluate_times_both_models_and_writes_it_into_the_card(
+    data: dict[str, str],
+    pruned: dict[str, str],
+    folders: dict[str, str],
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("optimum_stat.speed.SECONDS", 0.1)
+    main(["evaluate", pruned["classifier"], "-d", data["data.csv"], "--json", "--quiet", "--save", "--speed", "1,3"])
+    found = json.loads(capsys.readouterr().out)["speed"]
+    assert [(row["phase"], row["batch_size"]) for row in found] == [("prefill", 1), ("prefill", 3)]
+    recipe = json.loads((Path(pruned["classifier"]) / "stat_recipe.json").read_text())
+    assert recipe["speed"] == found
+    assert found[0]["seq_len"] == recipe["report"]["seq_len"]
+    card = (Path(pruned["classifier"]) / "README.md").read_text()
+    assert "## Speed" in card
+    assert "](pictures/speed.png)" in card
+    assert (Path(pruned["classifier"]) / "pictures" / "speed.png").exists()
+    with pytest.raises(SystemExit):
+        main(["evaluate", folders["classifier"], "-d", data["data.csv"], "--speed", "1"])
+    assert "beside its dense model asked, and there is none. Name it with --dense" in capsys.readouterr().err
+
+
 def test_evaluate_prints_a_table(
     data: dict[str, str], pruned: dict[str, str], folders: dict[str, str], capsys: pytest.CaptureFixture[str]
 ) -> None:

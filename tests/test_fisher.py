@@ -338,7 +338,7 @@ def test_gradients_that_are_not_finite_are_refused_with_the_layer() -> None:
         pruner.prune([{**item, **own} for item, own in zip(items, labels or [], strict=True)])
 
 
-@pytest.mark.parametrize("wrong", [{"labels": "task"}, {"latency_batch_size": 0}, {"keep": 0.0}])
+@pytest.mark.parametrize("wrong", [{"labels": "task"}, {"serve_batch_size": 0}, {"keep": 0.0}])
 def test_a_config_that_no_run_could_honour_is_refused(wrong: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match="asked"):
         replace(FisherConfig(), **wrong)

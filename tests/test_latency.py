@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import logging
+import re
 import time
 from pathlib import Path
 from typing import Any
@@ -14,11 +15,14 @@ import torch
 from tiny import batches, many, outputs, tiny
 from torch import nn
 
-from optimum_stat import FisherConfig, FisherPruner, STATConfig, STATPruner, SurgeonConfig, SurgeonPruner, latency
+from optimum_stat import FisherConfig, FisherPruner, STATConfig, STATPruner, SurgeonConfig, SurgeonPruner, latency, timing
+from optimum_stat.budget import options
 from optimum_stat.families import find_blocks, find_groups
-from optimum_stat.latency import LatencyTable, describe_device, latency_table, measure_table, sizes_to_try
+from optimum_stat.latency import LatencyTable, latency_table, measure_table
 from optimum_stat.probes import quiet
+from optimum_stat.profiling import profile
 from optimum_stat.slicing import slice_model
+from optimum_stat.timing import Setting, Workload
 
 MS = 1_000_000
 
@@ -28,6 +32,7 @@ def memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Tables are remembered in the test's own folder."""
     folder = tmp_path / "latencies"
     monkeypatch.setattr(latency, "cache_folder", lambda: folder)
+    monkeypatch.setattr(timing, "PAIRS", (3, 3))  # what takes how long does not matter here, or the clock below decides
     return folder
 
 
@@ -48,7 +53,7 @@ CLOCK = Clock()
 
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
-    monkeypatch.setattr(latency, "time", CLOCK)
+    monkeypatch.setattr(timing, "time", CLOCK)
     return CLOCK
 
 
@@ -69,11 +74,15 @@ def slow(model: Any, per_head: float, per_neuron: float, fixed: float) -> Any:
     return model
 
 
+def prefill(model: Any, batch_size: int, seq_len: int) -> Setting:
+    return Setting.of(model, "prefill", batch_size, seq_len)
+
+
 @pytest.fixture
 def table(clock: Clock) -> LatencyTable:
     model = slow(tiny("bert"), 2, 0.2, 10)
     with quiet(model):
-        return measure_table(model, 8, 1, 6)
+        return measure_table(model, 8, prefill(model, 1, 6))
 
 
 def test_a_table_holds_the_times_of_every_size(table: LatencyTable) -> None:
@@ -106,56 +115,86 @@ def test_costs_are_what_a_size_takes_more_than_the_fastest(table: LatencyTable) 
     assert table.fixed == table.total - sum(own[-1] for own in all_costs.values())
 
 
-def test_timing_changes_nothing() -> None:
+@pytest.mark.parametrize("phase", ["prefill", "decode"])
+def test_timing_changes_nothing(phase: str) -> None:
     model = tiny("llama")
     state = copy.deepcopy(model.state_dict())
     with quiet(model):
-        measure_table(model, 8, 2, 5)
+        measure_table(model, 8, Setting.of(model, phase, 2, 5))
     assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
     assert torch.equal(outputs(model, batches()[0]), outputs(tiny("llama"), batches()[0]))
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
 
 
-def test_at_most_32_numbers_of_neurons_are_tried_and_all_are_multiples() -> None:
-    for neurons, round_to in ((1536, 8), (3072, 64), (44, 8), (100, 1), (11008, 8)):
-        model = tiny("bert", num_hidden_layers=1, intermediate_size=neurons)
-        sizes = sizes_to_try(find_groups(model)[1], round_to)
-        assert len(sizes) <= 33
-        assert sizes[-1] == neurons
-        assert all(size % round_to == 0 for size in sizes[:-1])
+@pytest.mark.parametrize(("neurons", "round_to"), [(1536, 8), (3072, 64), (44, 8), (100, 1), (2752, 8)])
+def test_at_most_32_numbers_of_neurons_are_tried_and_all_are_multiples(clock: Clock, neurons: int, round_to: int) -> None:
+    model = slow(tiny("bert", num_hidden_layers=1, intermediate_size=neurons), 2, 0.2, 10)
+    with quiet(model):
+        sizes = measure_table(model, round_to, prefill(model, 1, 6)).sizes["0.neurons"]
+    assert len(sizes) == min(32, len(options(find_groups(model)[1], round_to)))
+    assert sizes[-1] == neurons
+    assert list(sizes) == sorted(sizes)
+    assert all(size % round_to == 0 for size in sizes[:-1])
+
+
+def test_sizes_are_tried_where_the_steps_are(clock: Clock) -> None:
+    """A device that takes 128 neurons at once: every step's last cheap size is found, of 192 that there are."""
+    model = tiny("bert", num_hidden_layers=1, intermediate_size=1536)
+    down = find_groups(model)[1].consumer
+    down.register_forward_pre_hook(lambda _, args: setattr(CLOCK, "now", CLOCK.now + -(-args[0].shape[-1] // 128) * 10 * MS))
+    with quiet(model):
+        table = measure_table(model, 8, prefill(model, 1, 6))
+    sizes, times = table.sizes["0.neurons"], dict(zip(table.sizes["0.neurons"], table.times["0.neurons"], strict=True))
+    edges = [size for size in sizes if size % 128 == 0]
+    assert len(edges) == 12, sizes
+    assert len(sizes) < 33
+    for edge in edges:
+        assert times[edge] == pytest.approx(times[1536] * edge / 1536, rel=0.01)
 
 
 def test_blocks_of_one_kind_are_timed_once(monkeypatch: pytest.MonkeyPatch) -> None:
     timed: list[int] = []
-    plain = latency._time_sizes
-    monkeypatch.setattr(latency, "_time_sizes", lambda model, index, *rest: timed.append(index) or plain(model, index, *rest))
+    plain = latency._time_block
+    monkeypatch.setattr(latency, "_time_block", lambda work, index, *rest: timed.append(index) or plain(work, index, *rest))
     for family, changes, wanted in (
         ("bert", {"num_hidden_layers": 3}, [0]),
         ("qwen2", {}, [0, 1]),
     ):  # a sliding window is another kind
         timed.clear()
         with quiet(model := tiny(family, **changes)):
-            measure_table(model, 44, 1, 8)
+            measure_table(model, 44, prefill(model, 1, 8))
         assert timed == wanted
 
 
 def test_a_table_is_remembered_for_this_device_batch_and_shape(memory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    measured: list[tuple[int, int]] = []
+    measured: list[Setting] = []
 
-    def measure(model: Any, round_to: int, batch_size: int, seq_len: int) -> LatencyTable:
-        measured.append((batch_size, seq_len))
-        return LatencyTable("cpu", batch_size, seq_len, 7, {"0.heads": [1]}, {"0.heads": [5]})
+    def measure(model: Any, round_to: int, setting: Setting) -> LatencyTable:
+        measured.append(setting)
+        return LatencyTable(setting, 7, {"0.heads": [1]}, {"0.heads": [5]})
+
+    def look_up(phase: str = "prefill", compiled: bool = False, sizes: tuple[int, int] = (1, 6), round_to: int = 8, **model: Any):
+        own = model.pop("model", None) or tiny("llama", **model)
+        return latency_table(own, round_to, Setting.of(own, phase, *sizes, compiled))
 
     monkeypatch.setattr(latency, "measure_table", measure)
-    first = latency_table(tiny("bert"), 8, 1, 6, None)
-    assert latency_table(tiny("bert", seed=1), 8, 1, 6, None) == first
-    assert measured == [(1, 6)]
-    latency_table(tiny("bert"), 8, 2, 6, None)
-    latency_table(tiny("bert"), 8, 1, 7, None)
-    latency_table(tiny("bert", intermediate_size=40), 8, 1, 6, None)
-    latency_table(tiny("bert").double(), 8, 1, 6, None)
-    latency_table(tiny("bert"), 4, 1, 6, None)
-    assert len(measured) == len(list(memory.iterdir())) == 6
+    first = look_up()
+    assert look_up(seed=1) == first
+    assert len(measured) == 1
+    others: list[dict[str, Any]] = [
+        {"sizes": (2, 6)},
+        {"sizes": (1, 7)},
+        {"intermediate_size": 40},
+        {"model": tiny("llama").double()},
+        {"round_to": 4},
+        {"phase": "decode"},
+        {"compiled": True},
+        {"attn_implementation": "eager"},
+    ]
+    for other in others:
+        look_up(**other)
+        look_up(**other)
+    assert len(measured) == len(list(memory.iterdir())) == 1 + len(others)
 
 
 @pytest.mark.parametrize(
@@ -177,7 +216,9 @@ def test_a_model_takes_as_long_as_was_asked(pruner: Any, config: Any, tmp_path: 
     own.save_pretrained(tmp_path / "pruned")
     recipe = json.loads((tmp_path / "pruned" / "stat_recipe.json").read_text())
     assert recipe["latency_table"]["total"] == own.currency.table.total
+    assert recipe["latency_table"]["setting"] == own.currency.table.setting.to_dict()
     assert recipe["report"]["latency"]["batch_size"] == 1
+    assert recipe["report"]["latency"]["phase"] == "prefill"
     card = (tmp_path / "pruned" / "README.md").read_text()
     assert f"{found.asked:.2f} ms" in card
     assert "--budget latency" in card
@@ -205,15 +246,20 @@ def test_keeping_all_of_the_latency_gives_the_dense_model() -> None:
 def test_a_budget_below_what_cannot_be_pruned_is_refused(clock: Clock) -> None:
     model = slow(tiny("bert"), 0.5, 0.02, 30)
     pruner = FisherPruner(model, FisherConfig(keep=0.3, budget="latency"))
-    with pytest.raises(ValueError, match=r"keep=0.3 of \d+\.\d+ ms on cpu .* asked, but one head and 8 neurons .* make 0\.[89]"):
+    with pytest.raises(
+        ValueError,
+        match=r"keep=0.3 of \d+\.\d+ ms for a forward pass .* asked, but one head and 8 neurons .* make 0\.[89]",
+    ):
         pruner.prune(many())
     assert model.config.to_dict().get("stat_pruning") is None
 
 
 def saved(tmp_path: Path, model: nn.Module, **changes: Any) -> str:
-    sizes = {group.name: sizes_to_try(group, 8) for group in find_groups(model)}
+    sizes = {group.name: options(group, 8) for group in find_groups(model)}
     times = {name: [100 * size for size in own] for name, own in sizes.items()}
-    values = {"device": describe_device(model), "batch_size": 1, "seq_len": 6, "total": 20_000, "sizes": sizes, "times": times}
+    setting = prefill(model, 1, 6).to_dict()
+    setting |= {name: changes.pop(name) for name in list(changes) if name in setting}
+    values = {"setting": setting, "total": 20_000, "sizes": sizes, "times": times}
     path = tmp_path / "table.json"
     path.write_text(json.dumps({**values, **changes}))
     return str(path)
@@ -223,11 +269,21 @@ def saved(tmp_path: Path, model: nn.Module, **changes: Any) -> str:
     ("changes", "said"),
     [
         (
-            {"device": "cuda (NVIDIA H100), float32"},
+            {"device": "cuda (NVIDIA H100)"},
             r"measured on cuda \(NVIDIA H100\), float32.*the model is on cpu.*leave latency_table out",
         ),
-        ({"batch_size": 32}, "batches of 32, but 1 is asked"),
-        ({"sizes": {"0.heads": [1, 2]}}, r"another model's: of 0.heads it has the sizes \[1, 2\]"),
+        ({"dtype": "bfloat16"}, r"measured on cpu .*, bfloat16.*; the model is on cpu .*, float32"),
+        ({"batch_size": 32}, "are of a forward pass over 32 × 6 tokens, .* but a forward pass over 1 × 20 tokens, .* is asked"),
+        ({"phase": "decode"}, "are of one token each behind 1 × 6 tokens"),
+        ({"compiled": True}, "sdpa, compiled, but"),
+        ({"sizes": {"0.heads": [1, 2]}}, r"another model's.*: of 0.heads it has the sizes \[1, 2\]"),
+        (
+            {
+                "sizes": {f"{b}.{s}": [3, 4] if s == "heads" else [5, 44] for b in (0, 1) for s in ("heads", "neurons")},
+                "times": {f"{b}.{s}": [1, 2] for b in (0, 1) for s in ("heads", "neurons")},
+            },
+            "of 0.neurons it has the sizes",
+        ),
         ({"times": {}}, "another model's"),
         ({"colour": 1}, "holds no table of latencies"),
     ],
@@ -241,9 +297,10 @@ def test_a_table_that_does_not_belong_here_is_refused(changes: dict[str, Any], s
 
 def test_a_device_that_vanished_is_said_to_be_gone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    path = saved(tmp_path, tiny("bert"), device="cuda (NVIDIA H100), float32")
+    model = tiny("bert")
+    path = saved(tmp_path, model, device="cuda (NVIDIA H100)")
     with pytest.raises(ValueError, match="which this machine does not have"):
-        latency_table(tiny("bert"), 8, 1, 6, path)
+        latency_table(model, 8, prefill(model, 1, 6), path)
 
 
 @pytest.mark.parametrize("text", [None, "[1, 2]", "{", '{"latency_table": 3}'])
@@ -252,15 +309,15 @@ def test_a_file_without_a_table_is_refused(text: str | None, tmp_path: Path) -> 
     if text is not None:
         path.write_text(text)
     with pytest.raises(ValueError, match="holds no table of latencies"):
-        latency_table(tiny("bert"), 8, 1, 6, str(path))
+        latency_table(tiny("bert"), 8, prefill(tiny("bert"), 1, 6), str(path))
 
 
 def test_a_table_for_examples_of_another_length_is_said_to_be_one(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     model = tiny("bert")
-    latency_table(model, 8, 1, 6, saved(tmp_path, model))
+    latency_table(model, 8, prefill(model, 1, 6), saved(tmp_path, model))
     assert caplog.text == ""
-    latency_table(model, 8, 1, 20, saved(tmp_path, model))
-    assert "are for 6 tokens an example; the mean of the calibration data is 20" in caplog.text
+    latency_table(model, 8, prefill(model, 1, 20), saved(tmp_path, model))
+    assert "are for 6 tokens an example; asked, or the mean of the calibration data, is 20" in caplog.text
 
 
 def test_a_folder_that_cannot_be_written_does_not_stop_the_run(
@@ -268,9 +325,10 @@ def test_a_folder_that_cannot_be_written_does_not_stop_the_run(
 ) -> None:
     (tmp_path / "file").write_text("")
     monkeypatch.setattr(latency, "cache_folder", lambda: tmp_path / "file" / "below")
-    table = LatencyTable("cpu", 1, 6, 7, {"0.heads": [1]}, {"0.heads": [5]})
+    setting = prefill(tiny("bert"), 1, 6)
+    table = LatencyTable(setting, 7, {"0.heads": [1]}, {"0.heads": [5]})
     monkeypatch.setattr(latency, "measure_table", lambda *_: table)
-    assert latency_table(tiny("bert"), 8, 1, 6, None) is table
+    assert latency_table(tiny("bert"), 8, setting) is table
     assert "could not be remembered" in caplog.text
 
 
@@ -296,3 +354,89 @@ def test_tables_are_remembered_under_the_hubs_home(monkeypatch: pytest.MonkeyPat
 
     with caplog.at_level(logging.INFO):
         assert latency.cache_folder().is_relative_to(constants.HF_HOME)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "mistral", "bloom"])
+def test_decoding_leaves_the_cache_as_it_was(family: str) -> None:
+    """Run after run reads the same `seq_len` tokens from the cache, and the result is what the model generates with."""
+    model = tiny(family)
+    with quiet(model):
+        work = Workload(model, Setting.of(model, "decode", 2, 5))
+        cache = work._inputs["past_key_values"]
+        before = [(layer.keys.clone(), layer.get_seq_length()) for layer in cache.layers]
+        run, calls = work.run_model(), work.calls()
+        for _ in range(2):
+            run()
+            work.run_block(1, calls[1][0])()
+            work.run_without_blocks(calls)()
+        assert all(
+            torch.equal(layer.keys, keys) and layer.get_seq_length() == length
+            for layer, (keys, length) in zip(cache.layers, before, strict=True)
+        )
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "falcon, one key head"])
+def test_a_smaller_block_decodes_with_its_own_cache(family: str) -> None:
+    model, seen = tiny(family), []
+    with quiet(model):
+        work = Workload(model, Setting.of(model, "decode", 2, 5))
+        call = work.calls()[1][0]
+        for at, group in enumerate(find_groups(model)[2:]):
+            for size in range(1, group.units + 1, 3):
+                work.run_block(1, call, at, size)()
+                seen.append(size)
+    assert len(seen) > 4
+
+
+def test_decoding_costs_what_one_token_costs(clock: Clock) -> None:
+    model = tiny("llama")
+    for block in find_blocks(model):
+        block.register_forward_pre_hook(
+            lambda _, args: setattr(CLOCK, "now", CLOCK.now + args[0].shape[0] * args[0].shape[1] * MS)
+        )
+    with quiet(model):
+        assert measure_table(model, 44, Setting.of(model, "decode", 3, 7)).total == 2 * 3 * MS
+        assert measure_table(model, 44, prefill(model, 3, 7)).total == 2 * 3 * 7 * MS
+
+
+def test_models_without_a_cache_do_not_decode() -> None:
+    with pytest.raises(ValueError, match="Decoding asked of BertForMaskedLM, which keeps no keys and values"):
+        FisherPruner(tiny("bert"), FisherConfig(budget="latency", serve_phase="decode")).prune(many())
+    with pytest.raises(ValueError, match="serve_phase='generate' asked; it must be one of 'prefill', 'decode'"):
+        FisherConfig(serve_phase="generate")
+
+
+def test_a_latency_budget_for_decoding(clock: Clock) -> None:
+    model = slow(tiny("llama"), 2, 0.2, 10)
+    pruner = FisherPruner(
+        model, FisherConfig(keep=0.7, budget="latency", serve_phase="decode", serve_seq_len=9, serve_batch_size=2)
+    )
+    pruner.prune(many())
+    found = pruner.report.latency
+    assert found is not None
+    assert (found.phase, found.batch_size, found.seq_len) == ("decode", 2, 9)
+    assert found.measured == pytest.approx(found.predicted, rel=1e-3)
+    assert found.measured <= 0.7 * found.dense
+
+
+def test_a_profile_is_remembered_for_prune(tmp_path: Path) -> None:
+    tiny("bert").save_pretrained(tmp_path / "dense")
+    found = profile(str(tmp_path / "dense"), FisherConfig(serve_seq_len=9), task=None, device=None)
+    text = str(found)
+    assert re.search(r"blocks +group +units +ms of a block +of dense +of the model\n0-1 +heads +4 ", text)
+    assert text.endswith("--budget latency --serve-phase prefill --serve-batch-size 1 --serve-seq-len 9 --round-to 8")
+    pruner = FisherPruner.from_pretrained(tmp_path / "dense", FisherConfig(keep=1.0, budget="latency", serve_seq_len=9))
+    pruner.prune(many())
+    assert pruner.currency.table == found.table
+    (tmp_path / "table.json").write_text(json.dumps(found.to_dict()))
+    setting = found.table.setting
+    assert latency_table(tiny("bert"), 8, setting, str(tmp_path / "table.json")) == found.table
+
+
+@pytest.mark.full
+def test_compiled_models_are_timed_compiled() -> None:
+    model = tiny("llama", num_hidden_layers=1)
+    with quiet(model):
+        table = measure_table(model, 44, Setting.of(model, "prefill", 1, 5, compiled=True))
+    assert table.setting.compiled
+    assert 0 < table.times["0.heads"][-1] <= table.total

@@ -61,14 +61,15 @@ def test_python_blocks(workplace):
 def test_shell_commands(workplace):
     folder, _, env = workplace
     commands = "".join(blocks("bash")).strip().splitlines()
-    assert [command.split()[2] for command in commands] == ["prune", "evaluate", "inspect", "sweep", "sweep", "plan"]
+    assert [command.split()[2] for command in commands] == ["prune", "evaluate", "inspect", "profile", "sweep", "sweep", "plan"]
     outputs = []
     for command in commands:
         program, *arguments = command.split()
         outputs.append(run([str(Path(sys.executable).parent / program), *arguments], folder, env))
     assert re.search(r"neurons", outputs[2])
-    assert re.search(r"expected error", outputs[3])
-    assert re.search(r"forward passes", outputs[5])
+    assert re.search(r"remembered for: --budget latency", outputs[3])
+    assert re.search(r"expected error", outputs[4])
+    assert re.search(r"forward passes", outputs[6])
     assert {path.name for path in (folder / "family").iterdir()} == {"0.8", "0.6", "0.4", "sweep.json"}
 
 

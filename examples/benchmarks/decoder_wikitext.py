@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from measure import forward_seconds, table, write_card
+from measure import forward_seconds, table
 
 from optimum_stat import FisherConfig, FisherPruner, STATConfig, STATPruner
 
@@ -39,8 +39,6 @@ def main() -> None:
     parser.add_argument("--keep", type=float, nargs="+", default=[0.75])
     parser.add_argument("--recipes", nargs="+", choices=RECIPES, default=["stat", "stat, gradient-free"])
     parser.add_argument("--windows", type=int, default=16)
-    parser.add_argument("--card", type=Path, help="write the card of the first run into this folder")
-    parser.add_argument("--base-model", help="the model's Hub id, for the card")
     args = parser.parse_args()
     extra: dict[str, Any] = {"gguf_file": args.gguf_file} if args.gguf_file else {}
     rows = []
@@ -59,10 +57,6 @@ def main() -> None:
             peak = max(stage.peak_bytes or 0 for stage in stages) / 2**20
             score = f"{perplexity(model, pruner.tokenizer, args.data):.2f}"
             rows.append((recipe, f"{pruner.report.reached:.4f}", score, f"{ratio:.1f}", f"{peak:,.0f}"))
-            if args.card and len(rows) == 2:
-                result = {"name": "perplexity", "dataset": "WikiText-2, first 12 windows of 512 validation tokens"}
-                pruner.metrics.append({**result, "value": float(score), "dense": float(rows[0][2])})
-                write_card(pruner, args.card, args.base_model, f"WikiText-2, {args.windows} random windows of training text")
             print(table(("recipe", "kept", "perplexity", "forward passes", "peak MiB over the model"), rows), flush=True)
 
 

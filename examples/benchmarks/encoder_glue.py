@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from datasets import Dataset
 from glue import TASKS, Task, read, score
-from measure import forward_seconds, table, write_card
+from measure import forward_seconds, table
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from optimum_stat import FisherConfig, FisherPruner, Pruner, PruningConfig, STATConfig, STATPruner
@@ -47,7 +47,6 @@ def main() -> None:
     parser.add_argument(
         "--held-out", type=int, default=0, help="score on so many training examples instead of dev: ones that no calibration saw"
     )
-    parser.add_argument("--card", type=Path, help="write the card of the first run into this folder")
     args = parser.parse_args()
     task, (train, dev) = TASKS[args.task], read(args.data)
     samples = {seed: train.shuffle(seed=seed).select(range(512)) for seed in args.seeds}
@@ -72,10 +71,6 @@ def main() -> None:
                 model = pruner.prune(sample, **({"label_column": task.label} if pruner.labels != "none" else {}))
                 ratios.append(sum(stage.seconds for stage in pruner.report.stages.values()) / floor)
                 scores.append(score(task, model, tokenizer, dev))
-                if args.card and not cells and seed == args.seeds[0]:
-                    result = {"name": task.metric, "dataset": f"{args.task} validation", "value": round(scores[-1], 2)}
-                    pruner.metrics.append({**result, "dense": round(before, 2)})
-                    write_card(pruner, args.card, None, f"512 training examples of {args.task}, drawn under seed {seed}")
             cells.append(f"{sum(scores) / len(scores):.2f} ({min(scores):.2f} to {max(scores):.2f})")
         rows.append((name, *cells, f"{sorted(ratios)[len(ratios) // 2]:.1f}"))
         print(table(("recipe", *(f"{keep} of the MACs" for keep in args.keep), "forward passes"), rows), flush=True)

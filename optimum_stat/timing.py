@@ -1,0 +1,230 @@
+"""The wall time of models and of their blocks: what is run, and how it is timed."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import inspect
+import platform
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import Cache
+
+from .families import Group, find_blocks, groups_of_block
+from .probes import device_of
+from .slicing import slice_group
+from .walk import Call, record_calls, replaced_forward
+
+PAIRS = (8, 100)  # timings of one thing beside another: at least, at most
+SECONDS = 0.3  # for one of them, if so many timings fit into it
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What a time depends on besides the model's shape."""
+
+    device: str
+    dtype: str
+    attention: str
+    """The attention's implementation: "eager", "sdpa", ..."""
+    compiled: bool
+    """Whether torch.compile has been at it."""
+    phase: str
+    """"prefill": a forward pass over [batch_size, seq_len] tokens; "decode": over one more token of each sequence, behind
+    `seq_len` that are in the cache."""
+    batch_size: int
+    seq_len: int
+
+    @classmethod
+    def of(cls, model: Any, phase: str, batch_size: int, seq_len: int, compiled: bool = False) -> Setting:
+        """Of a model as it is now."""
+        dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
+        attention = str(getattr(model.config, "_attn_implementation", None) or "eager")
+        return cls(describe_device(model), dtype, attention, compiled, phase, batch_size, seq_len)
+
+    @property
+    def where(self) -> str:
+        """On what, and how."""
+        return f"{self.device}, {self.dtype}, {self.attention}" + (", compiled" if self.compiled else "")
+
+    def __str__(self) -> str:
+        what = "one token each behind" if self.phase == "decode" else "a forward pass over"
+        return f"{what} {self.batch_size} × {self.seq_len} tokens, {self.where}"
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON values."""
+        return dataclasses.asdict(self)
+
+
+def describe_device(model: nn.Module) -> str:
+    """The device, and the number of threads on a CPU."""
+    device = device_of(model)
+    on_cpu = f"{_processor()}, {torch.get_num_threads()} threads"
+    return f"{device.type} ({torch.cuda.get_device_name(device) if device.type == 'cuda' else on_cpu})"
+
+
+class Workload:
+    """What is timed: the model's forward pass, and its blocks' as the model calls them.
+
+    Make it inside `quiet(model)`; while decoding, the cache is filled once and put back after every run.
+    """
+
+    def __init__(self, model: Any, setting: Setting):
+        self.model, self.setting, self.device = model, setting, device_of(model)
+        self.blocks = find_blocks(model)
+        self._inputs = self._make_inputs()
+
+    @torch.no_grad()
+    def run_model(self) -> Callable[[], Any]:
+        """One forward pass of the model."""
+        run, inputs = self._compiled(self.model), self._inputs
+        cache = inputs.get("past_key_values")
+        return _restoring(cache, lambda: run(**inputs))
+
+    def calls(self) -> list[list[Call]]:
+        """How the model calls each block."""
+        with _restored(self._inputs.get("past_key_values")):
+            return record_calls(self.model, self.blocks, self._inputs)
+
+    def run_block(self, index: int, call: Call, group: int | None = None, size: int = 0) -> Callable[[], Any]:
+        """One run of a block, or of a copy with the first `size` units of its group number `group`."""
+        block, (args, kwargs) = self.blocks[index], call
+        if group is not None:
+            block = copy.deepcopy(block)
+            own = groups_of_block(self.model, index, block)[group]
+            args = tuple(_sliced(value, index, own, size) for value in args)
+            kwargs = {name: _sliced(value, index, own, size) for name, value in kwargs.items()}
+            slice_group(own, torch.arange(size))
+        run = self._compiled(block)
+        cache = next((value for value in (*args, *kwargs.values()) if isinstance(value, Cache)), None)
+        return _restoring(cache, lambda: run(*args, **kwargs))
+
+    def run_without_blocks(self, calls: list[list[Call]]) -> Callable[[], Any]:
+        """One forward pass of the model, each of whose blocks returns what it reads."""
+        args, kwargs = calls[0][0]
+        with torch.no_grad(), _restored(self._inputs.get("past_key_values")):
+            returned = self.blocks[0](*args, **kwargs)
+        count = len(returned) if isinstance(returned, tuple) else 0
+
+        def stub(hidden_states: Any, *args: Any, **kwargs: Any) -> Any:
+            return (hidden_states, *[None] * (count - 1)) if count else hidden_states
+
+        def run() -> Any:
+            with ExitStack() as stack, torch.no_grad(), _restored(self._inputs.get("past_key_values")):
+                for block in self.blocks:
+                    stack.enter_context(replaced_forward(block, stub))
+                return self.model(**self._inputs)
+
+        return run
+
+    def start_over(self) -> None:
+        """Forget what was compiled: of many sizes of one block, torch.compile would give up on the later ones."""
+        if self.setting.compiled:
+            torch.compiler.reset()
+
+    def _compiled(self, module: nn.Module) -> Any:
+        return torch.compile(module, dynamic=False) if self.setting.compiled else module
+
+    def _make_inputs(self) -> dict[str, Any]:
+        vocab_size, setting = self.model.get_input_embeddings().weight.shape[0], self.setting
+        generator = torch.Generator().manual_seed(0)
+        ids = torch.randint(vocab_size, (setting.batch_size, setting.seq_len), generator=generator).to(self.device)
+        inputs: dict[str, Any] = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+        if setting.phase == "prefill":
+            return inputs
+        with torch.no_grad():
+            cache = self.model(**inputs, **self._cached()).get("past_key_values")
+        if not isinstance(cache, Cache):
+            raise ValueError(f"Decoding asked of {type(self.model).__name__}, which keeps no keys and values.")
+        mask = torch.ones(setting.batch_size, setting.seq_len + 1, dtype=torch.long, device=self.device)
+        return {"input_ids": ids[:, :1], "attention_mask": mask, "past_key_values": cache, **self._cached()}
+
+    def _cached(self) -> dict[str, bool]:
+        return {"use_cache": True} if "use_cache" in inspect.signature(self.model.forward).parameters else {}
+
+
+@contextmanager
+def _restored(cache: Cache | None) -> Iterator[None]:
+    """Take out of a cache what is put into it meanwhile. A growing cache makes new tensors and leaves the old as they are."""
+    before = [dict(vars(layer)) for layer in cache.layers] if cache is not None else []
+    try:
+        yield
+    finally:
+        for layer, values in zip(cache.layers if cache is not None else (), before, strict=True):
+            vars(layer).update(values)
+
+
+def _restoring(cache: Cache | None, run: Callable[[], Any]) -> Callable[[], Any]:
+    if cache is None:
+        return run
+
+    def restoring() -> None:
+        with _restored(cache):
+            run()
+
+    return restoring
+
+
+def _sliced(value: Any, index: int, group: Group, size: int) -> Any:
+    """A cache for a block with fewer heads; anything else as it is."""
+    if not isinstance(value, Cache):
+        return value
+    own = copy.copy(value)
+    own.layers = [copy.copy(layer) for layer in value.layers]
+    if group.structure == "heads" and not group.shares_key_value:
+        layer: Any = own.layers[index]
+        layer.keys, layer.values = layer.keys[:, :size].clone(), layer.values[:, :size].clone()
+    return own
+
+
+@torch.no_grad()
+def median_time(run: Callable[[], Any], device: torch.device) -> int:
+    """Median nanoseconds of a call, after two that do not count."""
+    once = max(_timed(run, device), _timed(run, device))
+    times = [_timed(run, device) for _ in range(_repeats(once))]
+    return round(statistics.median(times))
+
+
+def steady_ratio(run: Callable[[], Any], beside: Callable[[], Any], device: torch.device, seconds: float = SECONDS) -> float:
+    """Ratio of the lower quartiles of their times, taken in turn: what else a machine does only ever adds to a time."""
+    own, other = zip(*pairs(run, beside, device, seconds), strict=True)
+    return statistics.quantiles(own, n=4)[0] / statistics.quantiles(other, n=4)[0]
+
+
+@torch.no_grad()
+def pairs(
+    run: Callable[[], Any], beside: Callable[[], Any], device: torch.device, seconds: float = SECONDS
+) -> list[tuple[int, int]]:
+    """Nanoseconds of both, taken in turn, after two of each that do not count."""
+    once = max(_timed(run, device) + _timed(beside, device) for _ in range(2))
+    timed = [(_timed(beside, device), _timed(run, device)) for _ in range(_repeats(once, seconds))]
+    return [(own, other) for other, own in timed]
+
+
+def _repeats(nanoseconds: int, seconds: float = SECONDS) -> int:
+    fewest, most = PAIRS
+    return max(fewest, min(most, int(seconds * 1e9 / max(1, nanoseconds))))
+
+
+def _timed(run: Callable[[], Any], device: torch.device) -> int:
+    start = time.perf_counter_ns()
+    run()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter_ns() - start
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
