@@ -34,8 +34,10 @@ def pictures(recipe: Recipe) -> dict[str, bytes]:
 def drawings(recipe: Recipe) -> dict[str, Callable[[], Any]]:
     """Name -> what draws it, in the order of the card."""
     report, found = recipe["report"], dict[str, Callable[[], Any]]()
-    found["kept"] = lambda: kept({"": report})
-    if any(group.get("curve") for group in report["groups"]):
+    groups = _by_block(report["groups"]).values()
+    if groups:
+        found["kept"] = lambda: kept({"": report})
+    if any(group.get("curve") for group in groups):
         found["errors"] = lambda: errors(report)
     if recipe.get("speed"):
         found["speed"] = lambda: speed(recipe["speed"], _macs_ratio(report))

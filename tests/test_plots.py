@@ -145,3 +145,4 @@ def test_a_hundred_blocks_and_groups_of_the_whole_model_are_drawn() -> None:
     recipe = {"report": {"groups": groups}}
     assert len(plots.pictures(recipe)) == 2
     assert len(plots.kept({"": recipe["report"]}).axes) == 2
+    assert plots.pictures({"report": {"groups": groups[-1:]}}) == {}
