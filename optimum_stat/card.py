@@ -112,7 +112,7 @@ def _asks(config: dict[str, Any]) -> dict[str, Any]:
     """The options that ask for this configuration: all that were set, and those that were unset against their default."""
     defaults = PruningConfig().to_dict()
     serving = {name for name in config if name.startswith("serve_")}
-    aside = {"latency_table"} if config["budget"] == "latency" else {"latency_table", *serving}
+    aside = {"latency_table"} if config["budget"] in ("latency", "memory") else {"latency_table", *serving}
     aside |= {"structures"} if config.get("structures") == defaults["structures"] else set()
     return {
         name: "none" if value is None else " ".join(value) if isinstance(value, list) else value

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-BUDGETS = ("params", "macs", "latency")
+BUDGETS = ("params", "macs", "memory", "latency")
 STRUCTURES = ("heads", "neurons", "hidden", "layers")
 PHASES = ("prefill", "decode")
 C = TypeVar("C", bound="PruningConfig")
@@ -23,8 +23,9 @@ class PruningConfig:
     keep: float = 0.5
     """Share of the blocks' cost that stays, in (0, 1]. Asked of the whole model, not of each layer."""
     budget: str = "params"
-    """What `keep` counts: "params", "macs" (multiply-adds of one example of the calibration data's mean length), or "latency"
-    (measured time of the whole model, on the device it is on, for the work that `serve_...` say)."""
+    """What `keep` counts: "params", "macs" (multiply-adds of one example of the calibration data's mean length), "memory" (bytes
+    of all weights and, of language models, of the keys and values of what `serve_...` say), or "latency" (measured time of the
+    whole model, on the device it is on, for what they say)."""
     round_to: int = 8
     """MLP widths become multiples of this, for the matrix kernels (reported for VTrans: 8 gives 1.52x, 64 1.75x, none 1.25x)."""
     seq_len: int | None = None
@@ -41,9 +42,10 @@ class PruningConfig:
     """Afterwards, train the weights that stay for so many passes over the calibration data, to predict what the dense model
     predicts. No labels; each pass costs about four forward passes. 0: nothing is trained."""
     serve_batch_size: int = 1
-    """Examples in the batch that a latency budget counts."""
+    """Examples in the batch that a latency or memory budget counts."""
     serve_seq_len: int | None = None
-    """Tokens of each of them; while decoding, those in the cache. None: the mean length of the calibration data's examples."""
+    """Tokens of each of them; for memory and while decoding, those in the cache. None: the mean length of the calibration
+    data's examples."""
     serve_phase: str = "prefill"
     """Whose latency: "prefill" (a forward pass over all tokens), or "decode" (over one more token, with a cache)."""
     serve_compiled: bool = False

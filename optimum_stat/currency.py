@@ -11,16 +11,19 @@ from .config import PruningConfig
 from .data import Batches
 from .families import Group, find_groups
 from .latency import LatencyTable, latency_table
+from .memory import Residents
 from .probes import quiet
 from .timing import Setting
 
 if TYPE_CHECKING:
     from .report import TimedStage
 
+UNITS = {"params": "params", "macs": "macs", "memory": "bytes of memory"}
+
 
 @dataclass(frozen=True)
 class Currency:
-    """Parameters, MACs or measured nanoseconds; shares are always of the dense model."""
+    """Parameters, MACs, bytes or measured nanoseconds; shares are always of the dense model."""
 
     model: Any
     """As it is now, which may be after some shots."""
@@ -34,6 +37,8 @@ class Currency:
     """The size of the model before the first shot."""
     table: LatencyTable | None
     """The measured times that a latency budget is about; None under other budgets."""
+    residents: Residents | None = None
+    """What a memory budget is about; None under other budgets."""
 
     @classmethod
     def of(cls, model: Any, config: PruningConfig, batches: Batches, dense: Cost, stage: TimedStage) -> Currency:
@@ -46,7 +51,9 @@ class Currency:
                 setting = Setting.of(model, config.serve_phase, config.serve_batch_size, length, config.serve_compiled)
                 own = latency_table(model, config.round_to, setting, config.latency_table)
                 table = LatencyTable.from_dict(batches.processes.tell(own.to_dict()))
-        return cls(model, config.budget, config.round_to, config.structures, seq_len, dense, table)
+        length = config.serve_seq_len or seq_len
+        residents = Residents.of(model, config.serve_batch_size, length) if config.budget == "memory" else None
+        return cls(model, config.budget, config.round_to, config.structures, seq_len, dense, table, residents)
 
     def limit(self, keep: float) -> float:
         """What the kept units may cost together: the share `keep` of the dense model's cost, less what no plan can remove.
@@ -56,14 +63,16 @@ class Currency:
         """
         groups = find_groups(self.model, self.structures)
         costs, sizes = self.choices(groups)
-        if self.table is None:
+        if self.table is not None:
+            total, fixed = self.table.total, self.table.fixed
+        elif self.residents is not None:
+            total, fixed = self.residents.dense, self.residents.total(self.model) - sum(own[-1] for own in costs.values())
+        else:
             total = getattr(self.dense, f"block_{self.budget}")
             fixed = model_cost(self.model, self.budget, self.seq_len) - sum(own[-1] for own in costs.values())
-        else:
-            total, fixed = self.table.total, self.table.fixed
         least = fixed + sum(min(own) for own in costs.values())
         if keep * total < least:
-            what = f"{total:,} {self.budget}" if self.table is None else f"{total / 1e6:.3f} ms for {self.table.setting}"
+            what = f"{total / 1e6:.3f} ms for {self.table.setting}" if self.table else f"{total:,} {UNITS[self.budget]}"
             neurons = max((sizes[group.name][0] for group in groups if group.structure == "neurons"), default=0)
             fewest = {"heads": "one head", "neurons": f"{neurons} neurons"}
             units = " and ".join(own if name in self.structures else f"all {name}" for name, own in fewest.items())
@@ -93,7 +102,10 @@ class Currency:
         return {name: [costs[name] * size for size in own] for name, own in sizes.items()}, sizes
 
     def unit_costs(self, groups: Sequence[Group]) -> dict[str, int]:
-        """What one unit of each group costs, in parameters or MACs."""
+        """What one unit of each group costs, in parameters, MACs or bytes."""
+        if self.residents is not None:
+            params = {group.name: unit_cost(self.model, group, "params", self.seq_len) for group in groups}
+            return {group.name: self.residents.unit_bytes(self.model, group, params[group.name]) for group in groups}
         return {group.name: unit_cost(self.model, group, self.budget, self.seq_len) for group in groups}
 
     def cost_of(self, kept: Mapping[str, int]) -> Cost:

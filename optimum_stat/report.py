@@ -17,6 +17,7 @@ from .budget import Cost
 from .data import Batches
 from .families import Group
 from .latency import Latency
+from .memory import Memory
 from .probes import quiet
 
 if TYPE_CHECKING:
@@ -85,6 +86,7 @@ class PruningReport:
     """What the groups count: "units" that were sliced away, or "weights" that became zeros in a model of the old shape."""
     stages: dict[str, Stage] = field(default_factory=dict)
     latency: Latency | None = None
+    memory: Memory | None = None
     training: dict[str, Any] | None = None
     """Of methods that train: "teacher", what it was, and "arguments", those of Trainer that differ from its defaults."""
 
@@ -104,7 +106,7 @@ class PruningReport:
         return {**dataclasses.asdict(self), "error": self.error, "tokens_per_unit": round(self.tokens_per_unit, 1)}
 
     def __str__(self) -> str:
-        of = "the model's" if self.budget == "latency" else "the blocks'"
+        of = "the model's" if self.budget in ("latency", "memory") else "the blocks'"
         lines = [
             f"{self.method}: {self.reached:.1%} of {of} {self.budget} kept ({self.keep:.1%} asked), "
             f"{self.num_tokens:,} tokens of {self.data}",
@@ -125,6 +127,8 @@ class PruningReport:
                 f"ms for {own.batch_size} x {own.seq_len} tokens on {own.device}: {own.dense:.2f} dense, {own.asked:.2f} asked, "
                 f"{own.predicted:.2f} predicted, {own.measured:.2f} measured"
             )
+        if self.memory is not None:
+            lines.append(str(self.memory))
         for name, stage in self.stages.items():
             peak = "" if stage.peak_bytes is None else f", {stage.peak_bytes / 2**20:,.0f} MiB more than before"
             lines.append(f"{name}: {stage.seconds:.1f} s{peak}")
@@ -145,7 +149,7 @@ class Forecast:
 
 def make_report(pruner: Pruner[Any], lines: Sequence[Lines], batches: Batches) -> PruningReport:
     """The report of a pruner whose model is as it is to be; `lines`: what each shot did."""
-    table, budget, latency = pruner.currency.table, f"block_{pruner.config.budget}", None
+    table, residents, latency, memory = pruner.currency.table, pruner.currency.residents, None, None
     dense, pruned = pruner.currency.dense, pruner.cost(batches)
     groups = tuple(
         replace(shots[-1], units=shots[0].units, expected=sum(shot.expected for shot in shots))
@@ -155,9 +159,13 @@ def make_report(pruner: Pruner[Any], lines: Sequence[Lines], batches: Batches) -
         with quiet(pruner.model):
             latency = table.compare(pruner.model, pruner.config.keep, {group.name: group.kept for group in groups})
         reached = latency.predicted / latency.dense
+    elif residents is not None:
+        memory = residents.compare(pruner.model, pruner.config.keep)
+        reached = memory.reached / memory.dense
     elif pruner.counts == "weights":  # zeros of old are as good as new ones
         reached = sum(group.kept for group in groups) / sum(group.units for group in groups)
     else:
+        budget = f"block_{pruner.config.budget}"
         reached = getattr(pruned, budget) / getattr(dense, budget)
     return PruningReport(
         method=pruner.method,
@@ -175,6 +183,7 @@ def make_report(pruner: Pruner[Any], lines: Sequence[Lines], batches: Batches) -
         counts=pruner.counts,
         stages=dict(pruner.stages),
         latency=latency,
+        memory=memory,
     )
 
 

@@ -39,4 +39,4 @@ class TrainedConfig(PruningConfig):
             )
         self.refuse_trunk("a method that trains")
         if self.budget == "latency":
-            raise ValueError("budget='latency' asked; methods that train count params or macs.")
+            raise ValueError("budget='latency' asked; methods that train count params, macs or memory.")

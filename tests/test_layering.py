@@ -34,6 +34,7 @@ LAYERS = (
         "narrowing",
         "structure",
         "latency",
+        "memory",
         "timing",
         "speed",
         "currency",

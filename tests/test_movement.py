@@ -217,7 +217,7 @@ def test_what_is_filled_again_has_no_zeros():
         ({"distill": 1.5}, "distill=1.5 asked"),
         ({"distill_layers": -1.0}, "distill_layers=-1.0 asked"),
         ({"finetune_epochs": -1.0}, "finetune_epochs=-1.0"),
-        ({"budget": "latency"}, "count params or macs"),
+        ({"budget": "latency"}, "count params, macs or memory"),
     ],
 )
 def test_impossible_configurations_are_refused(fields: dict[str, Any], message: str):

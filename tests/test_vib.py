@@ -209,7 +209,7 @@ def test_a_share_of_the_data():
         ({"warmup": 2.0}, "warmup=2.0 asked"),
         ({"kl_weight": -0.1}, "kl_weight=-0.1 asked"),
         ({"mask_learning_rate": 0.0}, "mask_learning_rate=0.0 asked"),
-        ({"budget": "latency"}, "count params or macs"),
+        ({"budget": "latency"}, "count params, macs or memory"),
     ],
 )
 def test_impossible_configurations_are_refused(fields: dict[str, Any], message: str):

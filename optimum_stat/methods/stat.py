@@ -52,7 +52,7 @@ class STATConfig(PruningConfig):
             self.refuse_trunk("the published algorithm")
         if self.published and self.budget == "latency":
             raise ValueError(
-                "budget='latency' asked of the published algorithm, which only divides params or macs: ask for macs."
+                "budget='latency' asked of the published algorithm, which only divides params, macs or memory: ask for macs."
             )
         if not 0 <= self.ridge < 1:
             raise ValueError(f"ridge={self.ridge} asked; it is relative to a diagonal and must lie in [0, 1).")
