@@ -8,7 +8,18 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from .family_table import ATTENTION_OUT, ATTENTION_OUT_BESIDE, EXPERTS, FUSED, NEURONS, NORM_BEFORE_ATTENTION, QUERY_KEY_VALUE
+from .family_table import (
+    ATTENTION_OUT,
+    ATTENTION_OUT_BESIDE,
+    CROSS_ATTENTION,
+    EXPERTS,
+    FUSED,
+    HEAD_WIDTH,
+    NEURONS,
+    NORM_BEFORE_ATTENTION,
+    NORM_BEFORE_CROSS,
+    QUERY_KEY_VALUE,
+)
 
 
 @dataclass(frozen=True)
@@ -24,6 +35,14 @@ class Attention:
     """The modules around it, the block the first."""
     norm: nn.Module | None
     """What reads the residual stream before it; None: its linears do."""
+    cross: bool
+    """Whether its keys and values are made of what the encoder returns."""
+
+    @property
+    def head_width(self) -> int | None:
+        """How wide one head is, if the module says so."""
+        found = (getattr(self.module, name, None) for name in HEAD_WIDTH)
+        return next((width for width in found if type(width) is int), None)
 
 
 @dataclass(frozen=True)
@@ -33,6 +52,8 @@ class Feed:
     path: str
     up: list[nn.Module]
     down: nn.Module
+    around: list[nn.Module]
+    """The modules around them, the block the first."""
 
 
 def attentions(block: nn.Module) -> Iterator[Attention]:
@@ -44,10 +65,9 @@ def attentions(block: nn.Module) -> Iterator[Attention]:
         if out is None and path:
             out = at(block.get_submodule(path.rpartition(".")[0]), ATTENTION_OUT_BESIDE)
         if linears and out is not None:
-            parts = path.split(".")
-            around = [block.get_submodule(".".join(parts[:depth])) for depth in range(len(parts))]
-            norm = next((each for one in around if (each := _first(one, NORM_BEFORE_ATTENTION)) is not None), None)
-            yield Attention(path, module, linears, out, around, norm)
+            around, cross = _enclosing(block, path), path.rpartition(".")[2] in CROSS_ATTENTION
+            norm = first_of(around, NORM_BEFORE_CROSS if cross else NORM_BEFORE_ATTENTION)
+            yield Attention(path, module, linears, out, around, norm, cross)
 
 
 def feeds(block: nn.Module) -> Iterator[Feed]:
@@ -58,7 +78,7 @@ def feeds(block: nn.Module) -> Iterator[Feed]:
             if up and down is not None:
                 made, read = sum(weight(each).shape[0] for each in up), weight(down).shape[1]
                 if weight(down).shape[0] == weight(up[0]).shape[1] and made in (read, 2 * read):
-                    yield Feed(path, up, down)
+                    yield Feed(path, up, down, [*_enclosing(block, path), module])
                     break
 
 
@@ -73,10 +93,11 @@ def inventory(block: nn.Module) -> str:
         ("attention", heads, f"{wanted}, with one of {', '.join(ATTENTION_OUT)}, {ATTENTION_OUT_BESIDE}"),
         ("neurons", neurons, ", ".join(f"{'/'.join(up)} with {down}" for up, down in NEURONS)),
     ]
+    several = ", of which there must be one"
     lines = [f"experts at {', '.join(experts)}, which are not supported"] if experts else []
     for what, paths, names in asked:
         found = f"{what} at {' and '.join(paths)}" if paths else f"no {what} ({names})"
-        lines.append(f"{found}, of which there must be one" if len(paths) > 1 else found)
+        lines.append(found + several * (len(paths) > 1))
     return f"a {type(block).__name__} has {'; '.join(lines)}; its modules with weights are {', '.join(linears)}"
 
 
@@ -104,6 +125,16 @@ def at(module: nn.Module, path: str) -> nn.Module | None:
             return None if name else module
         module = child
     return module
+
+
+def first_of(modules: list[nn.Module], names: tuple[str, ...]) -> nn.Module | None:
+    """What one of the names means, in the first of the modules that has one."""
+    return next((found for module in modules if (found := _first(module, names)) is not None), None)
+
+
+def _enclosing(block: nn.Module, path: str) -> list[nn.Module]:
+    parts = path.split(".")
+    return [block.get_submodule(".".join(parts[:depth])) for depth in range(len(parts))]
 
 
 def _first(module: nn.Module, names: tuple[str, ...]) -> nn.Module | None:

@@ -9,7 +9,10 @@ from itertools import pairwise
 import numpy as np
 from torch import Tensor, nn
 
-from .families import Group, Producer, find_blocks, find_groups, is_causal, sliding_window, weight
+from .families import Group, Producer, find_blocks, find_groups, weight
+
+Lengths = int | tuple[int, ...]
+"""Tokens in an example: of every stack, or of one after the other."""
 
 
 @dataclass(frozen=True)
@@ -26,23 +29,26 @@ class Ranking:
         return float(sum(float(self.error[name][count]) for name, count in kept.items()))
 
 
-def unit_cost(model: nn.Module, group: Group, budget: str, seq_len: int) -> int:
+def unit_cost(model: nn.Module, group: Group, budget: str, seq_len: Lengths) -> int:
     """What one unit of `group` costs.
 
     "params": its rows of the producers with their biases, its columns of the consumer, its share of other parameters.
     "macs": multiply-adds for one example of `seq_len` tokens: the same matrices once per token (those that read relative
     positions too) and application of the block, and for heads the two
     attention products, `2 * context * head_dim` per query head and token, where `context` is the mean number of tokens
-    that a token attends to (`seq_len`; `(seq_len + 1) / 2` under a causal mask; fewer in a sliding window).
+    that a token attends to (`seq_len`; `(seq_len + 1) / 2` under a causal mask; fewer in a sliding window; the encoder's where
+    it is these that a head sees).
     Norms, softmax and biases are not counted as MACs. Source: Kwon et al. 2022 (their released code), for encoders.
     """
-    matrices = sum(_rows(p) * weight(p.linear).shape[1] for p in group.producers) + weight(group.consumer).numel()
     if budget == "params":
+        matrices = sum(_rows(p) * weight(p.linear).shape[1] for p in group.producers) + weight(group.consumer).numel()
         biases = sum(_rows(p) for p in group.producers if isinstance(p.linear.bias, Tensor))
         vectors = sum(getattr(module, name).numel() for module, name in group.vectors)
         return (matrices + biases + vectors) // group.units
-    attended = attended_pairs(model, group.block, seq_len) if group.structure == "heads" else 0
-    return group.applications * (matrices // group.units * seq_len + 2 * group.width * attended)
+    products = sum(_rows(p) * weight(p.linear).shape[1] * length_of(seq_len, group, p.of_context) for p in group.producers)
+    products += weight(group.consumer).numel() * length_of(seq_len, group)
+    attended = attended_pairs(group, seq_len) if group.structure == "heads" else 0
+    return group.applications * (products // group.units + 2 * group.width * attended)
 
 
 def _rows(producer: Producer) -> int:
@@ -50,21 +56,33 @@ def _rows(producer: Producer) -> int:
     return int(weight(producer.linear).shape[0]) - producer.fixed
 
 
-def attended_pairs(model: nn.Module, block: int, seq_len: int) -> int:
-    """Pairs (token, token it attends to) in one example of `seq_len` tokens."""
-    limit, causal = sliding_window(model.config, block), is_causal(model)
+def length_of(seq_len: Lengths, group: Group, of_context: bool = False) -> int:
+    """How many tokens the consumer of `group` reads in one example, or the keys and values of heads that see another stack."""
+    at = group.context if of_context and group.context is not None else group.stack
+    return seq_len if isinstance(seq_len, int) else seq_len[at]
+
+
+def attended_pairs(group: Group, lengths: Lengths) -> int:
+    """Pairs (token, token it attends to) that a head of `group` sees in one example."""
+    seq_len, limit, causal = length_of(lengths, group), group.window, group.causal
+    if group.context is not None:
+        return seq_len * length_of(lengths, group, of_context=True)
     # a window that looks both ways counts the tokens on each side of the one in the middle
     window = min(seq_len if limit is None else limit if causal else limit + 1, seq_len)
     back = window * (window + 1) // 2 + (seq_len - window) * window
     return back if causal else 2 * back - seq_len
 
 
-def model_cost(model: nn.Module, budget: str, seq_len: int) -> int:
+def model_cost(model: nn.Module, budget: str, seq_len: Lengths) -> int:
     """What all transformer blocks cost: every unit, and what belongs to none: for "params" also norms, biases and the like."""
     if budget == "params":
         return sum(parameter.numel() for parameter in find_blocks(model).parameters())
     groups = find_groups(model)
-    fixed = sum(p.fixed * weight(p.linear).shape[1] * g.applications * seq_len for g in groups for p in g.producers)
+    fixed = sum(
+        p.fixed * weight(p.linear).shape[1] * g.applications * length_of(seq_len, g, p.of_context)
+        for g in groups
+        for p in g.producers
+    )
     return fixed + sum(unit_cost(model, group, budget, seq_len) * group.units for group in groups)
 
 
@@ -77,7 +95,7 @@ class Cost:
     block_macs: int
 
     @classmethod
-    def of(cls, model: nn.Module, seq_len: int) -> Cost:
+    def of(cls, model: nn.Module, seq_len: Lengths) -> Cost:
         """Of the model as it is now."""
         params = sum(parameter.numel() for parameter in model.parameters())
         return cls(params, *(model_cost(model, budget, seq_len) for budget in ("params", "macs")))

@@ -18,9 +18,10 @@ from huggingface_hub import HfApi, get_token
 from huggingface_hub.errors import HfHubHTTPError, HTTPError  # the latter is that of its HTTP library, whichever it is
 from safetensors import SafetensorError
 from torch import nn
-from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoProcessor, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from . import card, remote_code
+from .blocks import modalities
 from .processes import Processes
 from .recipe import make_recipe
 from .structure import KEY, describe
@@ -32,12 +33,17 @@ RECIPE = "stat_recipe.json"
 # Of what the repo held before, these would be loaded instead of or beside the new weights, if the sharding differs.
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "model-?????-of-?????.safetensors")
 TASKS = {
+    "audio-classification": "AutoModelForAudioClassification",
+    "automatic-speech-recognition": "AutoModelForSpeechSeq2Seq",
     "feature-extraction": "AutoModel",
     "fill-mask": "AutoModelForMaskedLM",
+    "image-classification": "AutoModelForImageClassification",
     "question-answering": "AutoModelForQuestionAnswering",
     "text-classification": "AutoModelForSequenceClassification",
     "text-generation": "AutoModelForCausalLM",
+    "text2text-generation": "AutoModelForSeq2SeqLM",
     "token-classification": "AutoModelForTokenClassification",
+    "zero-shot-image-classification": "AutoModelForZeroShotImageClassification",
 }
 CONFIG_ARGUMENTS = ("revision", "gguf_file", "trust_remote_code", "token", "cache_dir", "subfolder", "local_files_only")
 
@@ -63,7 +69,7 @@ def load(
     model = auto_class(path, task, shared).from_pretrained(path, **kwargs)
     _forget_gguf(model)
     if tokenizer is None:
-        tokenizer = _tokenizer(path, shared)
+        tokenizer = _tokenizer(path, shared, AutoTokenizer if modalities(model) == ("text",) else AutoProcessor)
     return model, tokenizer, _source("/".join(filter(None, (path, kwargs.get("gguf_file")))))
 
 
@@ -74,10 +80,7 @@ def _source(path: str) -> str | None:
 
 
 def refuse_unprunable(model: nn.Module) -> None:
-    """Raise if the weights are really quantized, so that they cannot be corrected, or if the model does not read tokens."""
-    reads = getattr(model, "main_input_name", "input_ids")
-    if reads != "input_ids":
-        raise ValueError(f"{type(model).__name__} reads {reads}; only models that read token ids can be pruned so far.")
+    """Raise if the weights are really quantized, so that they cannot be corrected."""
     if getattr(model, "is_quantized", False) or getattr(getattr(model, "config", None), "quantization_config", None):
         method = getattr(model, "quantization_method", None) or "an unknown method"
         raise ValueError(
@@ -218,9 +221,9 @@ def auto_class(path: str, task: str | None, shared: dict[str, Any]) -> Any:
     return known
 
 
-def _tokenizer(path: str, shared: dict[str, Any]) -> PreTrainedTokenizerBase | None:
+def _tokenizer(path: str, shared: dict[str, Any], auto: Any) -> PreTrainedTokenizerBase | None:
     try:
-        return AutoTokenizer.from_pretrained(path, **shared)
+        return auto.from_pretrained(path, **shared)
     except (OSError, ValueError):
         return None  # a folder without a tokenizer can still be pruned on tokenized data
 

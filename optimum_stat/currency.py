@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from .budget import Cost, model_cost, options, unit_cost
+from .budget import Cost, Lengths, model_cost, options, unit_cost
 from .config import PruningConfig
 from .data import Batches
 from .families import Group, find_groups
@@ -31,7 +31,7 @@ class Currency:
     round_to: int
     structures: tuple[str, ...]
     """Which groups may go."""
-    seq_len: int
+    seq_len: Lengths
     """Mean length of the calibration data's examples: what MACs are counted for."""
     dense: Cost
     """The size of the model before the first shot."""
@@ -43,15 +43,13 @@ class Currency:
     @classmethod
     def of(cls, model: Any, config: PruningConfig, batches: Batches, dense: Cost, stage: TimedStage) -> Currency:
         """Of a dense model; measures its latency if the budget is one. Several processes count with the main one's times."""
-        seq_len = batches.seq_len
-        table = None
+        seq_len, table = batches.seq_len, None
+        length = config.serve_seq_len or (seq_len if isinstance(seq_len, int) else max(seq_len))  # several are refused below
         if config.budget == "latency":
             with quiet(model), stage("latency"):
-                length = config.serve_seq_len or seq_len
                 setting = Setting.of(model, config.serve_phase, config.serve_batch_size, length, config.serve_compiled)
                 own = latency_table(model, config.round_to, setting, config.latency_table)
                 table = LatencyTable.from_dict(batches.processes.tell(own.to_dict()))
-        length = config.serve_seq_len or seq_len
         residents = Residents.of(model, config.serve_batch_size, length) if config.budget == "memory" else None
         return cls(model, config.budget, config.round_to, config.structures, seq_len, dense, table, residents)
 

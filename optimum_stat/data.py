@@ -16,9 +16,9 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 from transformers.utils.logging import tqdm
 
+from optimum_stat.budget import Lengths
 from optimum_stat.config import PruningConfig
-from optimum_stat.families import task_of
-from optimum_stat.labels import IGNORED, POSITIONS, why_none
+from optimum_stat.labels import IGNORED, POSITIONS, predicts_next, why_none
 from optimum_stat.processes import ALONE, Processes
 from optimum_stat.rows import INPUTS, Rows, tensors
 
@@ -33,14 +33,16 @@ class Batches:
     """Calibration data: padded batches on the CPU, ready to be unpacked into the model."""
 
     items: tuple[dict[str, Tensor], ...]
-    """`input_ids` and `attention_mask` [examples, length], int64; `token_type_ids` and `position_ids` where given."""
+    """`input_ids` and `attention_mask` [examples, length], int64; `token_type_ids` and `position_ids` where given. Or what else
+    the model reads: pixels, waveforms, a decoder's tokens."""
     num_tokens: int
-    """Real tokens; padding does not count."""
+    """Real tokens; padding does not count. Of a model with several lists of blocks, those of the one that sees the fewest."""
     num_examples: int
-    seq_len: int
-    """Mean real tokens per example, rounded: the length at which multiply-adds are counted."""
+    seq_len: Lengths
+    """Mean real tokens per example, rounded: the length at which multiply-adds are counted. One number for each list of blocks
+    where there are several."""
     fingerprint: str
-    """SHA-256 (hex) of the real token ids of each example, in the order of the data. Batch size does not enter."""
+    """SHA-256 (hex) of the real token ids, or pixels, of each example, in the order of the data. Batch size does not enter."""
     source: str
     """What the data was, in one line."""
     labels: tuple[dict[str, Tensor], ...] | None = None
@@ -88,11 +90,11 @@ def make_batches(
     a tokenizer or does not fit the model's vocabulary, length or classes; TypeError if it is no collection of examples.
     """
     text_config = model_config.get_text_config()
-    longest, seq_len = _lengths(config.seq_len, text_config, tokenizer)
+    longest, seq_len = lengths(config.seq_len, text_config, tokenizer)
     rows = Rows(dataset, text_columns, config.batch_size, labels_for, label_column)
     if rows.labels and rows.labels.per_token and rows.kind.startswith("string"):
         rows.labels = None  # nobody knows which of the tokens to come a label would belong to
-    if labels_needed and rows.labels is None and task_of(labels_for) != "text-generation":
+    if labels_needed and rows.labels is None and not predicts_next(labels_for):
         raise ValueError(why_none(labels_for, rows.all_columns))
     tally = _Tally(config, getattr(text_config, "vocab_size", None), longest)
     items = list(tally.take(_examples(rows, config, seq_len, causal, tokenizer)))
@@ -108,7 +110,7 @@ def make_batches(
     return Batches(tuple(items), tally.num_tokens, tally.num_examples, mean, digest, rows.source(), labels)
 
 
-def _lengths(asked: int | None, text_config: Any, tokenizer: Any) -> tuple[int | None, int]:
+def lengths(asked: int | None, text_config: Any, tokenizer: Any) -> tuple[int | None, int]:
     """The most tokens the model takes (None: any number), and those an example or window gets.
 
     The tokenizer is asked too: where positions start at an offset, `max_position_embeddings` counts a few too many.
@@ -143,7 +145,7 @@ class _Tally:
                 bar.update(self.num_tokens - before)
                 if kept:
                     yield {key: tensor[kept] for key, tensor in batch.items()}
-                if _enough(self._config, self.num_examples, self.num_tokens):
+                if enough(self._config, self.num_examples, self.num_tokens):
                     return
 
     def _check(self, ids: Tensor) -> None:
@@ -160,7 +162,7 @@ class _Tally:
 
     def _add(self, batch: dict[str, Tensor], row: int) -> bool:
         real = batch["input_ids"][row][batch["attention_mask"][row] != 0]
-        if not len(real) or _enough(self._config, self.num_examples, self.num_tokens):
+        if not len(real) or enough(self._config, self.num_examples, self.num_tokens):
             return False
         self.digest.update(len(real).to_bytes(8, "little") + real.numpy().astype("<i8").tobytes())
         self.num_examples += 1
@@ -168,7 +170,8 @@ class _Tally:
         return True
 
 
-def _enough(config: PruningConfig, num_examples: int, num_tokens: int) -> bool:
+def enough(config: PruningConfig, num_examples: int, num_tokens: int) -> bool:
+    """Whether `config` asks for no more than these."""
     bounds = ((config.max_examples, num_examples), (config.num_tokens, num_tokens))
     return any(bound is not None and count >= bound for bound, count in bounds)
 
@@ -229,7 +232,7 @@ def _id_windows(rows: Iterator[list[int]], seq_len: int, config: PruningConfig) 
         head.append(ids)
         if len(ids) > seq_len or len(ids) != len(head[0]):
             return _cut(itertools.chain(head, rows), seq_len)
-        if _enough(config, len(head), len(head) * len(ids)):
+        if enough(config, len(head), len(head) * len(ids)):
             break
     return _cut(head, len(head[0]) if head else seq_len)
 

@@ -9,9 +9,10 @@ import torch
 from torch import Tensor, nn
 from transformers.utils.logging import tqdm
 
+from .blocks import mask_of_output
 from .data import Batches
 from .families import find_blocks
-from .probes import device_of, predictions, quiet, small_parts
+from .probes import Prediction, device_of, predictions, quiet, small_parts
 
 RATE = 0.001
 """Largest step of a weight, as a share of the root mean square of its tensor."""
@@ -67,12 +68,17 @@ def _renewed(model: nn.Module) -> list[nn.Parameter]:
 def _backward(model: Any, teacher: Any, inputs: dict[str, Tensor]) -> None:
     """Gradients of the loss of one batch."""
     with torch.no_grad():
-        wanted = predictions(teacher(**inputs), inputs["attention_mask"])
-    found = predictions(model(**inputs), inputs["attention_mask"])
+        wanted = predictions(teacher(**inputs), inputs.get(mask_of_output(model)))
+    found = predictions(model(**inputs), inputs.get(mask_of_output(model)))
     differences = [own.mean() - target.mean() for own, target in zip(found, wanted, strict=True)]
-    scale = 1 / max(
-        1, *(int(len(own.value) if own.kind == "over tokens" or own.mask is None else own.mask.sum()) for own in found)
-    )
+    scale = 1 / max(1, *map(_count, found))
     torch.autograd.backward(
         [own.value for own in found], [(scale * d).to(own.value.dtype) for own, d in zip(found, differences, strict=True)]
     )
+
+
+def _count(prediction: Prediction) -> int:
+    """How many distributions, or values, it holds."""
+    if prediction.kind == "over tokens" or prediction.mask is None:
+        return len(prediction.value) if prediction.value.dim() == 2 else prediction.value.shape[:2].numel()
+    return int(prediction.mask.sum())

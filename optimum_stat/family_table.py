@@ -13,13 +13,16 @@ QUERY_KEY_VALUE = (
     ("query", "key", "value"),
     ("q_lin", "k_lin", "v_lin"),
     ("query_proj", "key_proj", "value_proj"),
+    ("q", "k", "v"),
 )
 """Three linears, side by side in the attention module."""
 FUSED = ("c_attn", "qkv_proj", "query_key_value", "Wqkv", "in_proj")
 """One linear that makes all three; how its rows are ordered only the family's entry tells."""
-ATTENTION_OUT = ("o_proj", "out_proj", "c_proj", "dense", "out_lin", "Wo")
+ATTENTION_OUT = ("o_proj", "out_proj", "c_proj", "dense", "out_lin", "Wo", "o")
 ATTENTION_OUT_BESIDE = "output.dense"
 """Where it stands beside the attention module instead of in it."""
+CROSS_ATTENTION = ("encoder_attn", "EncDecAttention", "crossattention")
+"""An attention of this name makes its keys and values of what another list of blocks, the encoder, returns."""
 OF_POSITIONS = ("pos_key_proj", "pos_query_proj", "pos_proj", "pos_q_proj")
 """Linears in the attention module that make keys and queries out of relative positions."""
 PER_HEAD = ("q_norm.weight", "k_norm.weight", "q_bias", "v_bias")
@@ -37,10 +40,26 @@ NEURONS = (
     (("intermediate.dense",), "output.dense"),
     (("ffn",), "ffn_output"),
     (("Wi",), "Wo"),
+    (("wi",), "wo"),
+    (("wi_0", "wi_1"), "wo"),
+    (("intermediate_dense",), "output_dense"),
+    (("weights_in",), "weights_out"),
 )
 """The linears that make neurons, of a gate and what it gates stacked in one or in two, and the one that reads them."""
 EXPERTS = "experts"
-NORM_BEFORE_ATTENTION = ("input_layernorm", "attention_layernorm", "attn_norm", "ln_1", "ln_attn", "self_attn_layer_norm")
+NORM_BEFORE_ATTENTION = (
+    "input_layernorm",
+    "attention_layernorm",
+    "attn_norm",
+    "ln_1",
+    "ln_attn",
+    "self_attn_layer_norm",
+    "layernorm_before",
+    "layer_norm1",
+    "norm1",
+    "layer_norm",
+)
+NORM_BEFORE_CROSS = ("encoder_attn_layer_norm", "layer_norm")
 NORM_BEFORE_NEURONS = (
     "pre_feedforward_layernorm",
     "feedforward_layernorm",
@@ -49,22 +68,29 @@ NORM_BEFORE_NEURONS = (
     "ln_mlp",
     "final_layer_norm",
     "post_attention_layernorm",
+    "layernorm_after",
+    "layer_norm2",
+    "norm2",
+    "layer_norm",
 )
 HEAD_COUNTS = ("num_heads", "num_attention_heads", "n_heads")
 KEY_VALUE_COUNTS = ("num_key_value_heads", "num_kv_heads")
 HEADS_PER_KEY_VALUE = "num_key_value_groups"
-HEAD_WIDTHS = ("all_head_size", "split_size", "dim")
+HEAD_WIDTHS = ("all_head_size", "split_size", "dim", "inner_dim")
 """Integers of the attention module, or of one around it, that say how many heads there are, or how wide they are together."""
 LAYER_INDEX = ("layer_idx", "layer_id")
 """Integers of a block's modules that say which block it is."""
+HEAD_WIDTH = ("head_dim", "attention_head_size", "key_value_proj_dim")
+"""How wide one head is, in the attention module."""
 
 
 @dataclass(frozen=True)
 class Family:
     """What names and shapes do not tell."""
 
-    causal: bool | None = None
-    """Whether tokens see only what stands before them; None: the attention module says so."""
+    causal: bool | str | None = None
+    """Whether tokens see only what stands before them; None: the attention module says so; a name: those blocks' tokens do
+    that stand below a module of this name."""
     fused: str = ""
     """The rows of a fused query, key, value: "stacked" (all queries, all keys, all values), or "by head" (one key/value head's
     queries, key and value together)."""
@@ -74,6 +100,11 @@ class Family:
     """Numbers of query heads that the attention's forward reads from its config."""
     bias_by_head: tuple[str, ...] = ()
     """Arguments of the attention module with a share for each of the dense model's heads, made once for all blocks."""
+    bias_handed_on: tuple[str, str, str, str] | None = None
+    """Where the first block makes a bias by head and returns it for the next: the attention's argument that takes it, its method
+    that makes it, the embedding that this looks up in, and the flag that it is there."""
+    norm_first: bool | str = "do_layer_norm_before"
+    """Whether the norms stand before attention and neurons, not behind, or the config's name for that, if it has it."""
     refused: tuple[str, str] | None = None
     """(attribute of the config, why): a model that has it set cannot be pruned."""
 
@@ -84,11 +115,16 @@ _DECODER = Family(per_layer_config=_LAYERS)
 FAMILIES: dict[str, Family] = {
     "albert": _ENCODER,
     "apertus": _DECODER,
+    "bart": Family(norm_first=False),
     "bert": Family(),
     "bloom": Family(causal=True, fused="by head", bias_by_head=("alibi",)),
+    "clip": Family(causal="text_model"),
+    "clip_text_model": Family(causal=True),
+    "clip_vision_model": _ENCODER,
     "cohere": _DECODER,
     "deberta": Family(causal=False, fused="by head", refused=("talking_head", "its attention mixes the heads' probabilities")),
     "deberta-v2": _ENCODER,
+    "dinov2": _ENCODER,
     "distilbert": _ENCODER,
     "electra": Family(),
     "falcon": Family(fused="by head", bias_by_head=("alibi", "attention_mask")),
@@ -110,15 +146,29 @@ FAMILIES: dict[str, Family] = {
     "qwen2": _DECODER,
     "qwen3": _DECODER,
     "roberta": Family(),
+    "siglip": _ENCODER,
+    "siglip_vision_model": _ENCODER,
     "smollm3": _DECODER,
     "starcoder2": _DECODER,
+    "t5": Family(bias_handed_on=("position_bias", "compute_bias", "relative_attention_bias", "has_relative_attention_bias")),
+    "vit": _ENCODER,
+    "wav2vec2": Family(causal=False, norm_first="do_stable_layer_norm"),
+    "whisper": Family(),
 }
 TASK_OF_HEAD = {
+    "WhisperForConditionalGeneration": "automatic-speech-recognition",
+    "Wav2Vec2ForSequenceClassification": "audio-classification",
+    "CLIPModel": "zero-shot-image-classification",
+    "SiglipModel": "zero-shot-image-classification",
     "CausalLM": "text-generation",
     "LMHeadModel": "text-generation",
     "MaskedLM": "fill-mask",
     "SequenceClassification": "text-classification",
     "TokenClassification": "token-classification",
     "QuestionAnswering": "question-answering",
+    "ImageClassification": "image-classification",
+    "AudioClassification": "audio-classification",
+    "ForCTC": "automatic-speech-recognition",
+    "ConditionalGeneration": "text2text-generation",
 }
 """What stands in the class name of a model with a head, and the Hub's name for what that head does."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -12,8 +12,9 @@ import torch
 from torch import Tensor, nn
 from transformers.utils.logging import tqdm
 
+from .blocks import find_stacks, mask_of_output
 from .data import Batches
-from .families import Group, find_blocks, weight
+from .families import Group, find_blocks, masks_of_linears, weight
 from .labels import loss_gradients
 from .probes import Prediction, device_of, on_consumer_input, on_output_gradient, predictions, real_rows, small_parts
 from .processes import Processes
@@ -50,16 +51,22 @@ def outputs_of(model: nn.Module, modules: Mapping[str, nn.Module], batches: Batc
     totals: dict[str, Tensor] = {}
     parts = _some_examples(batches)
     passes = Passes(model, parts, Loss(model, parts, seed, from_labels=False), batches.processes, "Gradients")
+    masks, predicts = masks_of_linears(model), mask_of_output(model)
+    num_tokens = {name: torch.zeros(1, dtype=torch.float64) for name in modules}
+    counted: dict[str, int] = {}  # name -> the last part whose tokens have been counted
 
     def add(name: str, output: Tensor, gradient: Tensor) -> None:
-        own = torch.stack([real_rows(each, passes.mask).double().square().sum(0) for each in (gradient, output)])
-        totals[name] = totals.get(name, 0) + own.cpu()
+        rows = [passes.real_rows(each, masks.get(modules[name], predicts)) for each in (gradient, output)]
+        totals[name] = totals.get(name, 0) + torch.stack([each.double().square().sum(0) for each in rows]).cpu()
+        if counted.get(name) != passes.part:  # a shared block runs more than once
+            counted[name] = passes.part
+            num_tokens[name] += len(rows[0])
 
     with on_output_gradient(modules, add):
         passes.run()
     found = [totals[name] for name in modules]
-    batches.processes.add_up(*found)
-    return {name: Output(*(total / passes.num_tokens)) for name, total in zip(modules, found, strict=True)}
+    batches.processes.add_up(*found, *num_tokens.values())
+    return {name: Output(*(total / num_tokens[name])) for name, total in zip(modules, found, strict=True)}
 
 
 def _some_examples(batches: Batches) -> list[Part]:
@@ -92,17 +99,19 @@ def sensitivities(
     """
     parts = small_parts(batches)
     passes = Passes(model, parts, Loss(model, parts, seed, from_labels=from_labels), batches.processes, "Gradients")
-    counts = [len(inputs["input_ids"]) for inputs, _ in parts]
+    counts = [_examples(inputs) for inputs, _ in parts]
     masks = {group.name: torch.zeros(sum(counts), group.units, dtype=torch.float64) for group in groups}
     rows = {name: torch.split(own, counts) for name, own in masks.items()}
+    by_name = {group.name: group for group in groups}
     output_sums = {group.name: torch.zeros(weight(group.consumer).shape[0], dtype=torch.float64) for group in groups}
 
     def add(group: Group, z: Tensor, gradient: Tensor) -> None:
-        units = (z * gradient).view(*passes.mask.shape, group.units, group.width).double().sum((1, 3))
-        rows[group.name][passes.part].add_(units.cpu())  # a shared block runs more than once
+        units = (z * gradient).view(counts[passes.part], -1, group.units, group.width).double().sum((1, 3))
+        if passes.counts:
+            rows[group.name][passes.part].add_(units.cpu())  # a shared block runs more than once
 
     def add_output(name: str, output: Tensor, gradient: Tensor) -> None:
-        output_sums[name] += real_rows(gradient, passes.mask).double().square().sum(0).cpu()
+        output_sums[name] += passes.real_rows(gradient, by_name[name].mask).double().square().sum(0).cpu()
 
     def watch(group: Group, z: Tensor) -> None:
         z.register_hook(partial(add, group, z.detach()))  # type: ignore[no-untyped-call]
@@ -119,8 +128,9 @@ class Loss:
     """What is differentiated: the loss of the labels, or that of labels drawn from the model's own predictions."""
 
     def __init__(self, model: nn.Module, parts: Sequence[Part], seed: int, *, from_labels: bool):
-        self._model, self._from_labels, self._drawn = model, from_labels, 0
-        self._masks = [inputs["attention_mask"] for inputs, _ in parts]
+        self._model, self._from_labels, self._seed, self._drawn = model, from_labels, seed, 0
+        self._predicts = mask_of_output(model)
+        self._masks = [inputs.get(self._predicts) for inputs, _ in parts]
         self._generators = [torch.Generator().manual_seed(seed + output) for output in range(2)]  # start and end: two outputs
 
     def gradients(
@@ -132,8 +142,10 @@ class Loss:
         """
         if self._from_labels:
             return loss_gradients(self._model, output, inputs, labels)
-        found = predictions(output, inputs["attention_mask"])
-        for mask in self._masks[self._drawn : part]:
+        found = predictions(output, inputs.get(self._predicts))
+        if inputs.get(self._predicts) is None:  # what others predict may have another length: each part has a draw of its own
+            self._generators = [torch.Generator().manual_seed(self._seed + 2 * part + output) for output in range(2)]
+        for mask in (mask for mask in self._masks[self._drawn : part] if mask is not None):
             for each, generator in zip(found, self._generators, strict=False):
                 _noise(_shape(each, mask), None if each.mask is None else mask, generator)
         self._drawn = part + 1
@@ -146,57 +158,62 @@ class Passes:
     def __init__(
         self, model: nn.Module, parts: Sequence[Part], loss: Loss, processes: Processes, what: str, first_block: int | None = None
     ):
-        """first_block: where the backward pass may end; None: at the embeddings."""
+        """first_block: where the backward pass may end; None: at the first. Later stacks have an end of their own."""
         self._model, self._parts, self._loss = model, parts, loss
         self._first = first_block
         self._own = processes.share(parts)
         self.part = 0
         """The number of the part at hand."""
-        self.mask = torch.empty(0)
-        """Its attention mask."""
-        self.num_tokens = sum(int(inputs["attention_mask"].sum()) for inputs, _ in parts)
-        """Of all processes."""
+        self.inputs: dict[str, Tensor] = {}
+        """Its inputs."""
         self._bar: dict[str, Any] = {"desc": what, "unit": "batch", "disable": None if processes.is_main else True}
+
+    @property
+    def counts(self) -> bool:
+        """Whether what is seen belongs to this process."""
+        return bool(self._own)
+
+    def real_rows(self, rows: Tensor, mask: str) -> Tensor:
+        """The rows of the real tokens of the part at hand, which its input `mask` names; none if the part does not count."""
+        return real_rows(rows, self.inputs.get(mask)) if self._own else rows.reshape(-1, rows.shape[-1])[:0]
 
     def run(self) -> None:
         """All parts, one after the other."""
-        first = self._first
-        entry = differentiable_embeddings(self._model) if first is None else differentiable_from(find_blocks(self._model)[first])
-        with torch.enable_grad(), entry:
+        starts = first_blocks(self._model)
+        if self._first is not None:
+            starts = [find_blocks(self._model)[self._first], *starts[1:]]
+        with torch.enable_grad(), differentiable_from(starts):
             # one without a part of its own looks at the first, to know what there is to sum, and counts nothing
             for part in tqdm(self._own or range(1), **self._bar):
                 self.part, (inputs, labels) = part, self._parts[part]
                 inputs = {name: value.to(device_of(self._model)) for name, value in inputs.items()}
-                self.mask = inputs["attention_mask"] if self._own else torch.zeros_like(inputs["attention_mask"])
+                self.inputs = inputs
                 output = self._model(**inputs)
                 outputs, given = self._loss.gradients(self.part, output, inputs, labels)
                 torch.autograd.backward(outputs, given if self._own else [torch.zeros_like(each) for each in given])
 
 
-@contextmanager
-def differentiable_embeddings(model: nn.Module) -> Iterator[None]:
-    """Let gradients flow back to the embeddings although no parameter wants one."""
-    embeddings = model.get_input_embeddings()  # type: ignore[operator]
-    handle = embeddings.register_forward_hook(lambda module, args, output: output.requires_grad_())
-    try:
-        yield
-    finally:
-        handle.remove()
+def first_blocks(model: nn.Module) -> list[nn.Module]:
+    """Of every stack."""
+    return [stack.blocks[0] for stack in find_stacks(model)]
+
+
+def _examples(inputs: dict[str, Tensor]) -> int:
+    return len(next(iter(inputs.values())))
 
 
 @contextmanager
-def differentiable_from(block: nn.Module) -> Iterator[None]:
-    """Let gradients flow back to the input of `block` and no further, although no parameter wants one."""
+def differentiable_from(blocks: Sequence[nn.Module]) -> Iterator[None]:
+    """Let gradients flow back to the inputs of `blocks` and no further, although no parameter wants one."""
 
     def enter(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         hidden = args[0] if args else kwargs["hidden_states"]
         hidden.requires_grad_()
 
-    handle = block.register_forward_pre_hook(enter, with_kwargs=True)
-    try:
+    with ExitStack() as stack:
+        for block in blocks:
+            stack.callback(block.register_forward_pre_hook(enter, with_kwargs=True).remove)
         yield
-    finally:
-        handle.remove()
 
 
 def drawn_gradients(found: list[Prediction], generators: list[torch.Generator]) -> tuple[list[Tensor], list[Tensor]]:

@@ -10,10 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .blocks import is_encoder_decoder
 from .families import task_of
 
 COLUMNS = ("label", "labels", "score", "similarity_score")
 POSITIONS = ("start_positions", "end_positions")
+WITHOUT_LABELS = ("feature-extraction", "automatic-speech-recognition", "zero-shot-image-classification")
 IGNORED = -100  # the label of tokens that no loss counts, as in transformers
 
 
@@ -95,23 +97,33 @@ def find_labels(model: Any, columns: Sequence[str], names: Mapping[str, Sequence
     if asked is not None and asked not in columns:
         found = ", ".join(columns) or "none, the rows are plain"
         raise ValueError(f"label_column={asked!r} asked, but there is no such column. Columns: {found}.")
-    if task in ("text-generation", "feature-extraction"):
-        return None  # the next token is the label; and without a head there is none
+    if predicts_next(model) or task in WITHOUT_LABELS:
+        return None  # the next token is the label, or there is none
     if task == "question-answering":
         return Labels(POSITIONS, task, model.config) if set(POSITIONS) <= set(columns) else None
     column = asked or next((name for name in COLUMNS if name in columns), None)
     return None if column is None else Labels((column,), task, model.config, names.get(column))
 
 
+def predicts_next(model: Any) -> bool:
+    """Whether the next token is what the model's head predicts: the data then has its labels in itself."""
+    return task_of(model) in ("text-generation", "text2text-generation") or (
+        task_of(model) == "automatic-speech-recognition" and is_encoder_decoder(model)
+    )
+
+
 def why_none(model: Any, columns: Sequence[str]) -> str:
     """What to tell somebody whose method needs labels that the data does not have."""
     task, found = task_of(model), ", ".join(columns) or "none, the rows are plain"
+    of_example = f"a label is looked for in {', '.join(COLUMNS)}; name another column with label_column="
     wanted = {
         "feature-extraction": f"{type(model).__name__} has no head, so no label could say how good it is",
         "question-answering": f"question answering needs tokenized rows with {' and '.join(POSITIONS)}",
         "fill-mask": "a masked language model needs tokenized rows with labels for the masked tokens",
         "token-classification": "token classification needs tokenized rows with labels for every token",
-        "text-classification": f"a label is looked for in {', '.join(COLUMNS)}; name another column with label_column=",
+        "automatic-speech-recognition": "a loss over alignments is not among those that are known",
+        "zero-shot-image-classification": "how near the right pairs are is not among the losses that are known",
+        **dict.fromkeys(("text-classification", "image-classification", "audio-classification"), of_example),
     }[task]
     return f"Labels are needed: {wanted}. Columns: {found}. Or use labels='model' or, where training, distill=1: they need none."
 
@@ -142,15 +154,17 @@ def loss_gradients(
     for several labels at once (`sigmoid(logits) - labels`); half the squared error for regression (`prediction - label`).
     Sums, so that the gradient of one example does not depend on what stands beside it in the batch.
     """
-    mask = inputs["attention_mask"]
     if task_of(model) == "question-answering":
         assert labels is not None
+        mask = inputs["attention_mask"]
         values = [output["start_logits"], output["end_logits"]]
         return values, [_minus_target(v, labels[name], mask) for v, name in zip(values, POSITIONS, strict=True)]
     logits = output["logits"]
-    if task_of(model) == "text-generation":
-        target = torch.full_like(inputs["input_ids"], IGNORED)
-        target[:, :-1] = inputs["input_ids"][:, 1:].masked_fill((mask[:, 1:] * mask[:, :-1]) == 0, IGNORED)
+    if predicts_next(model):
+        of = "decoder_" if is_encoder_decoder(model) else ""
+        ids, mask = inputs[f"{of}input_ids"], inputs[f"{of}attention_mask"]
+        target = torch.full_like(ids, IGNORED)
+        target[:, :-1] = ids[:, 1:].masked_fill((mask[:, 1:] * mask[:, :-1]) == 0, IGNORED)
         return [logits], [_minus_target(logits, target)]
     assert labels is not None
     target = labels["labels"].to(logits.device)

@@ -8,7 +8,8 @@ from typing import Any
 
 import torch
 
-from .families import Group, find_groups, head_dim, is_causal, sliding_window, weight
+from .blocks import reads_tokens_alone, width_of_head
+from .families import Group, find_groups, is_causal, weight
 from .probes import device_of
 
 
@@ -54,6 +55,11 @@ class Residents:
     @classmethod
     def of(cls, model: Any, batch_size: int, seq_len: int) -> Residents:
         """Of a dense model. One token is run through it, to see what it keeps."""
+        if not reads_tokens_alone(model):
+            raise ValueError(
+                f"budget='memory' asked of {type(model).__name__}, which reads more than token ids, or has several lists of blocks; "
+                "what it keeps of its tokens is not known. Ask for params."
+            )
         single = cls(1, 1).cache_bytes(model)
         copies = _cache_of_one_token(model) // single if single else 1
         own = cls(batch_size, seq_len, max(1, copies))
@@ -88,9 +94,9 @@ class Residents:
         """Numbers in the cache for one key/value head."""
         if group.structure != "heads" or not is_causal(model):
             return 0
-        window = sliding_window(model.config, group.block)
+        window = group.window
         tokens = self.seq_len if window is None else min(self.seq_len, window - 1)
-        return 2 * head_dim(model.config) * tokens * self.batch_size * self.copies
+        return 2 * width_of_head(model.config) * tokens * self.batch_size * self.copies
 
 
 @torch.no_grad()

@@ -13,9 +13,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from .data import Batches
 from .families import Group, task_of
+from .labels import predicts_next
 
 Visit = Callable[[Group, Tensor], Tensor | None]
 
@@ -58,20 +60,21 @@ def quiet(model: nn.Module) -> Iterator[None]:
     modes = [(module, module.training) for module in model.modules()]
     # by name: the work inside may replace parameters, and the new ones are to be what the old ones were
     wanted = [(m, name, p.requires_grad) for m in model.modules() for name, p in m.named_parameters(recurse=False)]
-    config: Any = getattr(model, "config", None)
+    parts = [module for module in model.modules() if module is model or isinstance(module, PreTrainedModel)]
+    configs = {id(config): config for part in parts if (config := getattr(part, "config", None)) is not None}
     borrowed = {"use_cache": False, "return_dict": True}
-    before = {name: getattr(config, name) for name in borrowed if getattr(config, name, None) is not None}
+    before = [(c, n, getattr(c, n)) for c in configs.values() for n in borrowed if getattr(c, n, None) is not None]
     precision = torch.get_float32_matmul_precision()
     try:
         torch.set_float32_matmul_precision("highest")  # TF32 has too few digits for a Gram matrix
         model.eval()
         model.requires_grad_(False)
-        for name in before:
+        for config, name, _ in before:
             setattr(config, name, borrowed[name])
         yield
     finally:
         torch.set_float32_matmul_precision(precision)
-        for name, value in before.items():
+        for config, name, value in before:
             setattr(config, name, value)
         for module, mode in modes:
             module.training = mode
@@ -81,24 +84,29 @@ def quiet(model: nn.Module) -> Iterator[None]:
 
 def small_parts(batches: Batches) -> list[tuple[dict[str, Tensor], dict[str, Tensor] | None]]:
     """Inputs and labels of all examples, in their order, about 512 tokens at a time: backward passes need memory."""
-    parts = []
+    parts, longest = [], 1 if isinstance(batches.seq_len, int) and "input_ids" in batches.items[0] else _longest(batches)
     for batch, labels in zip(batches, batches.labels or [None] * len(batches), strict=True):
-        count, length = batch["input_ids"].shape
+        count, length = len(next(iter(batch.values()))), max(batch["input_ids"].shape[1] if "input_ids" in batch else 1, longest)
         for rows in torch.split(torch.arange(count), max(1, 512 // length)):
             own = None if labels is None else {name: value[rows] for name, value in labels.items()}
             parts.append(({name: value[rows] for name, value in batch.items()}, own))
     return parts
 
 
+def _longest(batches: Batches) -> int:
+    return batches.seq_len if isinstance(batches.seq_len, int) else max(batches.seq_len)
+
+
 def has_loss(model: nn.Module, batches: Batches) -> bool:
     """Whether the data says what the model is to predict: its labels do, or, for causal language models, its next tokens."""
-    return batches.labels is not None or task_of(model) == "text-generation"
+    return batches.labels is not None or predicts_next(model)
 
 
 def num_predictions(model: nn.Module, batches: Batches) -> int:
     """How many predictions the loss over all data is the sum of: one a token, or one an example."""
-    tokenwise = task_of(model) in ("text-generation", "fill-mask", "token-classification", "feature-extraction")
-    return batches.num_tokens if tokenwise else batches.num_examples
+    if task_of(model) == "question-answering" or "classification" in task_of(model).replace("token-classification", ""):
+        return batches.num_examples
+    return batches.num_tokens if isinstance(batches.seq_len, int) else batches.seq_len[-1] * batches.num_examples
 
 
 @dataclass(frozen=True)
@@ -116,25 +124,26 @@ class Prediction:
         """What is predicted: probabilities, or the values; zero on padding. At least float32, without gradient."""
         value = self.value.detach().float()
         if self.kind == "over tokens":
-            assert self.mask is not None
-            return value.masked_fill(torch.eq(self.mask, 0), -torch.inf).softmax(-1)
+            return (value if self.mask is None else value.masked_fill(torch.eq(self.mask, 0), -torch.inf)).softmax(-1)
         value = value.softmax(-1) if self.kind == "logits" else value
         return value if self.mask is None else value * self.mask[..., None]
 
 
-def predictions(output: Any, mask: Tensor) -> list[Prediction]:
-    """What the model predicts, in the order in which it does."""
+def predictions(output: Any, mask: Tensor | None) -> list[Prediction]:
+    """What the model predicts, in the order in which it does; two towers predict where both inputs lie in one space."""
     if "start_logits" in output:
         return [Prediction(output[name], mask, "over tokens") for name in ("start_logits", "end_logits")]
+    if "image_embeds" in output and "text_embeds" in output:
+        return [Prediction(output[name], None, "values") for name in ("image_embeds", "text_embeds")]
     value = output["logits"] if "logits" in output else output["last_hidden_state"]
     kind = "logits" if "logits" in output and value.shape[-1] > 1 else "values"
     return [Prediction(value, mask if value.dim() == 3 else None, kind)]
 
 
-def real_rows(rows: Tensor, mask: Tensor) -> Tensor:
+def real_rows(rows: Tensor, mask: Tensor | None) -> Tensor:
     """The rows of real tokens, [tokens, width]; `rows` is [batch, length, width] or already flattened (OPT's MLP)."""
     flat = rows.reshape(-1, rows.shape[-1])
-    return flat if bool(mask.all()) else flat[mask.flatten().bool()]
+    return flat if mask is None or bool(mask.all()) else flat[mask.flatten().bool()]
 
 
 def device_of(model: nn.Module) -> torch.device:

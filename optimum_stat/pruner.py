@@ -15,6 +15,7 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from . import checkpoint, trunk
+from .blocks import reads_tokens_alone
 from .budget import Cost, Ranking, allocate
 from .card import Paper
 from .config import PruningConfig
@@ -23,6 +24,7 @@ from .data import Batches, make_batches
 from .distillation import distill, teacher_of
 from .families import Group, check_finite, find_groups, is_causal, task_of
 from .knapsack import allocate_exactly
+from .media import make_media_batches
 from .probes import device_of, quiet
 from .processes import Processes
 from .report import Forecast, Lines, PruningReport, Stage, TimedStage, make_report, stage_timer
@@ -245,17 +247,12 @@ class Pruner(ABC, Generic[C]):
         model, use = self.model, needs or self.labels
         if use == "none" and label_column is not None:
             raise ValueError(f"label_column={label_column!r} asked, but {self.method} with this config reads no labels.")
-        return make_batches(
-            dataset,
-            model.config,
-            self.config,
-            causal=is_causal(model) and task_of(model) in ("text-generation", "feature-extraction"),
-            tokenizer=self.tokenizer,
-            text_columns=text_columns,
-            labels_for=None if use == "none" else model,
-            label_column=label_column,
-            labels_needed=use == "data",
-        )
+        asked: dict[str, Any] = {"labels_for": None if use == "none" else model, "labels_needed": use == "data"}
+        asked |= {"text_columns": text_columns, "label_column": label_column}
+        if not reads_tokens_alone(model):
+            return make_media_batches(dataset, model, self.config, processor=self.tokenizer, **asked)
+        causal = is_causal(model) and task_of(model) in ("text-generation", "feature-extraction")
+        return make_batches(dataset, model.config, self.config, causal=causal, tokenizer=self.tokenizer, **asked)
 
     def cost(self, batches: Batches) -> Cost:
         """The size of the model as it is now."""

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from .budget import Cost
+from .budget import Cost, Lengths
 from .data import Batches
 from .families import Group
 from .latency import Latency
@@ -74,7 +74,7 @@ class PruningReport:
     budget: str
     reached: float
     """Share of the blocks' cost that is left; never above `keep`."""
-    seq_len: int
+    seq_len: Lengths
     num_tokens: int
     num_examples: int
     data: str

@@ -53,7 +53,7 @@ class Rows:
                 dataset = dataset.select_columns([k for k in types if k in wanted])  # images beside the text are not decoded
         elif isinstance(dataset, Tensor):
             self.name = f"tensor of {' x '.join(map(str, dataset.shape))} token ids"
-        rows = iter(_collection(dataset, batch_size))
+        rows = iter(collection(dataset, batch_size))
         try:
             head = next(rows)
         except StopIteration:
@@ -117,7 +117,7 @@ def _input_columns(types: Mapping[str, str], asked: tuple[str, ...]) -> tuple[st
     return known[0] if known else (strings[0],)
 
 
-def _collection(dataset: Any, batch_size: int) -> Iterable[Any]:
+def collection(dataset: Any, batch_size: int) -> Iterable[Any]:
     """What to iterate over; what would iterate over the wrong thing is refused."""
     if isinstance(dataset, (DatasetDict, IterableDatasetDict)):
         splits = list(map(repr, dataset))

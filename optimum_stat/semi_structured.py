@@ -17,11 +17,11 @@ def to_sparse_semi_structured(model: nn.Module) -> list[str]:
     Raises:
         ValueError: no layer has two zeros in every four weights of a row, or one is not on a CUDA device in half precision.
     """
-    prefix = next(name for name, module in model.named_modules() if module is find_blocks(model))
+    inside = set(find_blocks(model).modules())
     layers = {
-        f"{prefix}.{name}": layer
-        for name, layer in find_blocks(model).named_modules()
-        if isinstance(layer, nn.Linear) and is_two_of_four(layer.weight)
+        name: layer
+        for name, layer in model.named_modules()
+        if layer in inside and isinstance(layer, nn.Linear) and is_two_of_four(layer.weight)
     }
     if not layers:
         raise ValueError(

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .families import Group, Producer, find_groups, weight
+from .families import Group, HandedOn, Producer, find_groups, weight
 
 Plan = Mapping[str, Tensor]
 """Group name -> the units to keep, in the order in which they shall stand afterwards."""
@@ -34,6 +34,8 @@ def slice_group(group: Group, keep: Tensor) -> None:
         return
     if len(keep) == 0 or int(keep.max()) >= group.units:
         raise ValueError(f"{group.name} has units 0 to {group.units - 1}; the plan keeps {keep.tolist()}.")
+    if group.handed_on is not None:
+        own_biases(group.handed_on)
     for producer in group.producers:
         rows, out = producer_rows(group, producer, keep).cpu(), weight(producer.linear).shape[0]
         if producer.fixed == out:
@@ -129,8 +131,50 @@ def keep_heads(group: Group, heads: Sequence[int]) -> None:
     assert group.biased is not None
     module, names = group.biased
     module.kept_heads = tuple(heads)  # type: ignore[assignment]
-    if not any(isinstance(hook, OwnHeads) for hook in module._forward_pre_hooks.values()):
+    if group.handed_on is not None:
+        own_biases(group.handed_on)
+    elif not any(isinstance(hook, OwnHeads) for hook in module._forward_pre_hooks.values()):
         module.register_forward_pre_hook(OwnHeads(names), with_kwargs=True)
+
+
+def own_biases(handed_on: HandedOn) -> None:
+    """Have every attention make its own bias by head instead of taking that of the one before.
+
+    The table stays whole, and a part of the first attention alone: the others know it, and take the biases of their own heads.
+    """
+    first = handed_on.attentions[0]
+    for module in handed_on.attentions:
+        if handed_on.maker in module.__dict__ or any(isinstance(h, NoBias) for h in module._forward_pre_hooks.values()):
+            continue
+        module.register_forward_pre_hook(NoBias(handed_on.argument), with_kwargs=True)
+        if getattr(first, handed_on.flag):
+            setattr(module, handed_on.flag, True)
+            module.__dict__[handed_on.table] = getattr(first, handed_on.table)
+            setattr(module, handed_on.maker, OwnBias(module, handed_on.maker))
+
+
+class NoBias:
+    """Forward pre-hook of an attention: nothing is taken from the one before."""
+
+    def __init__(self, argument: str):
+        self.argument = argument
+
+    def __call__(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        """Without the argument, the attention makes its own."""
+        return args, {**kwargs, self.argument: None}
+
+
+class OwnBias:
+    """What makes an attention's bias: of that for all heads the share of those that it has."""
+
+    def __init__(self, attention: nn.Module, maker: str):
+        self.attention, self.maker = attention, maker
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Tensor:
+        """[1, heads, queries, keys]."""
+        bias: Tensor = getattr(type(self.attention), self.maker)(self.attention, *args, **kwargs)
+        heads = getattr(self.attention, "kept_heads", None)
+        return bias if heads is None else bias[:, list(heads)]
 
 
 class OwnHeads:

@@ -44,6 +44,8 @@ def find_stream(model: Any) -> Stream:
         ValueError: a parameter that is as long as the stream is wide is none of these.
     """
     groups, blocks = find_groups(model), find_blocks(model)
+    if groups[-1].stack:
+        raise ValueError(f"{type(model).__name__} has several lists of blocks, and a residual stream for each.")
     width = int(weight(groups[0].consumer).shape[0])
     axes = [_inputs(producer.linear) for group in groups for producer in group.producers]
     axes += [axis for group in groups for axis in _outputs(group.consumer)]

@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from .families import Group, family_of, find_groups, head_dim, weight
+from .blocks import width_of_head
+from .families import Group, family_of, find_groups, weight
 from .slicing import keep_heads, kept_heads, set_count, slice_group
 from .stream import narrow
 
@@ -40,7 +41,7 @@ def describe(model: Any) -> dict[str, Any]:
             sizes["neurons"].append(group.units)
     biased = [kept_heads(group) for group in groups if group.biased is not None]
     width = weight(groups[0].consumer).shape[0]
-    narrowed = {} if width == model.config.hidden_size else {HIDDEN: width}
+    narrowed = {} if groups[-1].stack or width == model.config.hidden_size else {HIDDEN: width}
     return {"format": FORMAT, **sizes, **narrowed, **({HEADS: biased} if biased else {})}
 
 
@@ -53,7 +54,7 @@ def write_record(model: nn.Module) -> None:
     if names:
         # transformers plans static caches from this; without the flag it refuses to read the dense sizes at all
         config.allow_global_per_layer_attribute_access = True
-        config.head_dim = head_dim(config)  # else it would divide the hidden size by each layer's number of heads
+        config.head_dim = width_of_head(config)  # else it would divide the hidden size by each layer's number of heads
         layers = zip(*(record[name] for name in SIZES), strict=True)
         config.per_layer_config = {i: dict(zip(names, layer, strict=True)) for i, layer in enumerate(layers)}
         _give_own_configs(find_groups(model))
@@ -72,6 +73,7 @@ def replay(model: nn.Module) -> None:
     if HIDDEN in record:
         _narrow(model, record[HIDDEN])
     groups = find_groups(model)
+    record = _own_part(model, record, groups)
     by_structure = {structure: [group for group in groups if group.structure == structure] for structure in ("heads", "neurons")}
     for name in SIZES:
         own = by_structure["neurons" if name == "neurons" else "heads"]
@@ -81,10 +83,11 @@ def replay(model: nn.Module) -> None:
                 "Was num_hidden_layers or the record edited?"
             )
     _check_kept_heads(model, by_structure["heads"], record)
+    own_heads = iter(record.get(HEADS, ()))
     for index, group in enumerate(by_structure["heads"]):
         _cut(group, record["heads" if group.shares_key_value else "key_value_heads"][index])
         if group.biased is not None:
-            keep_heads(group, record[HEADS][index])
+            keep_heads(group, next(own_heads))
     for group, size in zip(by_structure["neurons"], record["neurons"], strict=True):
         _cut(group, size)
     _check_heads(find_groups(model), record)
@@ -110,6 +113,17 @@ def install() -> None:
 
     post_init._optimum_stat = True  # type: ignore[attr-defined]
     PreTrainedModel.post_init = post_init
+
+
+def _own_part(model: Any, record: dict[str, Any], groups: list[Group]) -> dict[str, Any]:
+    """What the record says of an encoder or a decoder that is built for itself: its first entries, or its last."""
+    if not getattr(model.config, "is_encoder_decoder", False) or len({group.stack for group in groups}) > 1:
+        return record
+    decoder, heads = any(group.context is not None for group in groups), [g for g in groups if g.structure == "heads"]
+    counts = dict.fromkeys(SIZES, len(heads)) | {"neurons": len(groups) - len(heads)}
+    counts[HEADS] = sum(group.biased is not None for group in groups)
+    own = {name: record[name][-count:] if decoder else record[name][:count] for name, count in counts.items() if name in record}
+    return {**record, **own}
 
 
 def _check_form(record: Any) -> None:
@@ -157,13 +171,14 @@ def _give_own_configs(groups: list[Group]) -> None:
 
 def _check_kept_heads(model: nn.Module, groups: list[Group], record: dict[str, Any]) -> None:
     """Numbers of heads, where the model has to know which ones it keeps."""
-    wanted, lists = any(group.biased is not None for group in groups), record.get(HEADS)
-    if not wanted and lists is None:
+    wanted, lists = [group.biased is not None for group in groups], record.get(HEADS)
+    if not any(wanted) and lists is None:
         return
     dense = range(int(getattr(model.config, "num_attention_heads", 0)))
-    listed = isinstance(lists, list) and len(lists) == len(groups)
-    if not wanted or not listed or not all(map(functools.partial(_names, dense), lists or (), record["heads"])):
-        need = f"must list which of the heads 0 to {len(dense) - 1} each block keeps" if wanted else "must not be there"
+    counts = [count for count, one in zip(record["heads"], wanted, strict=True) if one]
+    listed = isinstance(lists, list) and len(lists) == len(counts)
+    if not any(wanted) or not listed or not all(map(functools.partial(_names, dense), lists or (), counts)):
+        need = f"must list which of the heads 0 to {len(dense) - 1} each block keeps" if any(wanted) else "must not be there"
         raise ValueError(f"{KEY} in config.json records {HEADS} as {lists!r}; for this model it {need}.")
 
 

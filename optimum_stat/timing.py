@@ -18,6 +18,7 @@ import torch
 from torch import nn
 from transformers import Cache
 
+from .blocks import reads_tokens_alone
 from .families import Group, find_blocks, groups_of_block
 from .probes import device_of
 from .slicing import slice_group
@@ -79,6 +80,11 @@ class Workload:
 
     def __init__(self, model: Any, setting: Setting):
         self.model, self.setting, self.device = model, setting, device_of(model)
+        if not reads_tokens_alone(model):
+            raise ValueError(
+                f"Time asked of {type(model).__name__}, which reads more than token ids, or has several lists of blocks: no "
+                "inputs to time it on are known. Ask for macs or params."
+            )
         self.blocks = find_blocks(model)
         self._inputs = self._make_inputs()
 
@@ -92,7 +98,7 @@ class Workload:
     def calls(self) -> list[list[Call]]:
         """How the model calls each block."""
         with _restored(self._inputs.get("past_key_values")):
-            return record_calls(self.model, self.blocks, self._inputs)
+            return record_calls(self.model, self._inputs)[0]
 
     def run_block(self, index: int, call: Call, group: int | None = None, size: int = 0) -> Callable[[], Any]:
         """One run of a block, or of a copy with the first `size` units of its group number `group`."""

@@ -18,6 +18,7 @@ from transformers import PreTrainedModel, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
 
 from . import checkpoint
+from .blocks import reads_tokens_alone
 from .budget import Ranking
 from .currency import Currency
 from .data import Batches, pad_id_of
@@ -96,6 +97,11 @@ class TrainedPruner(Pruner[T]):
         Raises:
             Diverged: the loss or a gradient became NaN or infinite. As after every error, a live model is as it was.
         """
+        if not reads_tokens_alone(self.model):
+            raise ValueError(
+                f"{self.method} trains on token ids, and {type(self.model).__name__} reads something else, or more. Use a method "
+                "that does not train."
+            )
         wanted = [name for name, parameter in self.model.named_parameters() if parameter.requires_grad]
         evaluation = None if eval_dataset is None else self._read(eval_dataset, text_columns, label_column, needs="data")
         named = teacher if isinstance(teacher, str) or teacher is None else teacher.name_or_path or type(teacher).__name__

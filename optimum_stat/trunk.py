@@ -59,7 +59,7 @@ class Shape:
         lines = [_line(name, ranking.error[name], count, nats) for name, count in self.sizes.items()]
         blocks = self.plan[LAYERS].tolist() if LAYERS in self.plan else sorted({group.block for group in groups})
         for group in groups:
-            now = f"{blocks.index(group.block)}.{group.structure}" if group.block in blocks else ""
+            now = f"{blocks.index(group.block)}.{group.place}" if group.block in blocks else ""
             left = GroupReport.of(group, ranking.error[group.name], self.kept.get(now, 0), nats)
             lines.append(left if now else replace(left, error=0.0, expected=0.0))
         return tuple(lines)
@@ -144,6 +144,8 @@ def smallest(structures: Sequence[str], currency: Currency) -> Currency:
     Raises:
         ValueError: there is none, because the model has no head: what it gives is its residual stream.
     """
+    if not structures:
+        return currency
     if HIDDEN in structures and find_stream(currency.model).reader is None:
         raise ValueError(
             f"'hidden' asked of a {type(currency.model).__name__}, which has no head: its residual stream is what it gives, and "
@@ -219,7 +221,8 @@ def _shape(
         width = int(weight(find_groups(currency.model)[0].consumer).shape[0])
         currency = replace(currency, model=_without_weights(currency.model, blocks, plan.get(HIDDEN, torch.arange(width))))
         ranking = _renamed(
-            ranking, {group.name: f"{blocks.index(group.block)}.{group.structure}" for group in groups if group.block in blocks}
+            ranking,
+            {group.name: f"{blocks.index(group.block)}.{group.place}" for group in groups if group.block in blocks},
         )
         groups = find_groups(currency.model, currency.structures)
     currency.limit(keep)  # refuses what does not fit, also where there is nothing left to allocate

@@ -6,8 +6,9 @@ of the model, and no more than one block's statistics need to exist at a time.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from transformers.utils.logging import tqdm
 
+from .blocks import TOKENS, find_stacks
 from .data import Batches
 from .families import Group, applications_of, find_blocks
 from .probes import Visit, device_of, on_consumer_input, real_rows
@@ -27,26 +29,62 @@ class _Stop(Exception):
     """Ends a forward pass that has shown what was wanted."""
 
 
+@dataclass(frozen=True)
+class Returned:
+    """What a block returns."""
+
+    rest: tuple[Any, ...] | None
+    """Beside its hidden states; None: it returns these alone, not a tuple."""
+
+    @classmethod
+    def of(cls, output: Any) -> Returned:
+        """The same with other hidden states is `with_hidden`."""
+        return cls(output[1:] if isinstance(output, tuple) else None)
+
+    def with_hidden(self, hidden: Tensor) -> Any:
+        """What a block that makes `hidden` returns."""
+        return hidden if self.rest is None else (hidden, *self.rest)
+
+    @property
+    def for_all(self) -> bool:
+        """Whether it is the same for all inputs: no tensor stands beside the hidden states."""
+        return not any(isinstance(each, Tensor) for each in self.rest or ())
+
+
 class BlockWalk:
     """The state of one pass: `hidden[b]` is what the next block will read from this process's batch b.
 
-    Call `run` as often as wanted on block 0, then `advance(0)`, then go on with block 1, and so on. Call it inside
-    `probes.quiet(model)`.
+    Call `run` as often as wanted on block 0, then `advance(0)`, then go on with block 1, and so on, from one stack to the
+    next: what the encoder returns is what its blocks have become by then. Call it inside `probes.quiet(model)`.
     """
 
     def __init__(self, model: nn.Module, batches: Batches):
         self.blocks, self.processes = find_blocks(model), batches.processes
-        self.masks: list[Tensor] = []
+        self.masks: list[Tensor | None] = []
+        """Of the stack at hand, which tokens of each batch are real; None: all are."""
         self.hidden: list[Tensor] = []
-        self._calls: list[list[list[Call]]] = []
+        self._model, self._stacks = model, find_stacks(model)
+        self._starts = [sum(len(stack.blocks) for stack in self._stacks[:i]) for i in range(len(self._stacks))]
         self._applications = applications_of(model)
-        device, outputs = device_of(model), list[int]()
-        for batch in self._own(batches):
+        self._calls: list[list[list[Call]]] = []
+        self._finished: list[tuple[Returned, list[Tensor]]] = []  # stack after stack, what its last block returned
+        self._returned: Returned | None = None
+        self._batches = self._own(batches)
+        self._enter(0)
+
+    def _enter(self, position: int) -> None:
+        """Stand before the first block of a stack."""
+        device, self._calls, self.masks, hidden = device_of(self._model), [], [], list[Tensor]()
+        self._returned = None
+        for number, batch in enumerate(self._batches):
             inputs = {name: value.to(device) for name, value in batch.items()}
-            calls = record_calls(model, self.blocks, inputs, outputs)
-            self.masks.append(inputs["attention_mask"])
-            self.hidden.append(_hidden(calls[0][0]))
+            finished = [returned.with_hidden(last[number]) for returned, last in self._finished]
+            known: Returned | None = self._returned if self._returned is not None and self._returned.for_all else None
+            calls, self._returned = record_calls(self._model, inputs, position, finished, known)
+            self.masks.append(inputs.get(self._stacks[position].mask))
+            hidden.append(_hidden(calls[0][0]))
             self._calls.append([[_without_hidden(call) for call in own] for own in calls])
+        self.hidden = hidden
 
     def _own(self, batches: Batches) -> list[dict[str, Tensor]]:
         """This process's share, in whole chunks: what is summed in single precision is then the same for any number of them."""
@@ -57,7 +95,8 @@ class BlockWalk:
                 chunks.append([])
                 rows = 0
             chunks[-1].append(batch)
-            rows += int(batch["attention_mask"].sum()) * self._applications
+            mask, longest = batch.get(TOKENS), batches.seq_len if isinstance(batches.seq_len, int) else max(batches.seq_len)
+            rows += int(len(next(iter(batch.values()))) * longest if mask is None else mask.sum()) * self._applications
         return [batch for chunk in self.processes.share(chunks) for batch in chunks[chunk]]
 
     @torch.no_grad()
@@ -69,6 +108,7 @@ class BlockWalk:
         of short batches together, about CHUNK tokens at a time: many rows cost hardly more than few. A block that runs more
         than once shows the tokens of all its runs, one run of a batch after the other.
         """
+        self._stand_before(index)
         waiting: list[list[Tensor]] = []
         for batch in range(len(self.masks)):
             waiting.append(self._consumer_inputs(index, groups, batch, advance))
@@ -80,8 +120,16 @@ class BlockWalk:
     @torch.no_grad()
     def advance(self, index: int) -> None:
         """Replace every batch's hidden states by what block `index` makes of them."""
+        self._stand_before(index)
         for batch in range(len(self.masks)):
             self.hidden[batch] = self._forward(index, batch)
+
+    def _stand_before(self, index: int) -> None:
+        """At the first block of another stack, let the model go from what the last block of the one before has made to it."""
+        position = len(self._finished) + 1
+        if position < len(self._stacks) and index >= self._starts[position]:
+            self._finished.append((self._returned or Returned(None), self.hidden))
+            self._enter(position)
 
     def _consumer_inputs(self, index: int, groups: list[Group], batch: int, advance: bool) -> list[Tensor]:
         seen: dict[Group, list[Tensor]] = {group: [] for group in groups}
@@ -103,7 +151,7 @@ class BlockWalk:
 
     def _forward(self, index: int, batch: int) -> Tensor:
         hidden = self.hidden[batch]
-        for args, kwargs in self._calls[batch][index]:
+        for args, kwargs in self._calls[batch][index - self._starts[len(self._finished)]]:
             output = self.blocks[index](hidden, *args, **kwargs)
             hidden = output if isinstance(output, Tensor) else output[0]
         return hidden
@@ -122,44 +170,69 @@ class BlockWalk:
         for hidden, mask in zip(self.hidden, self.masks, strict=True):
             energy = real_rows(hidden, mask).double().square().sum(1)
             inverse = (1 / energy.clamp_min(torch.finfo(torch.float32).tiny)).sum()
-            sums += torch.stack([inverse if torch.isfinite(energy).all() else inverse * torch.nan, mask.sum()]).cpu()
+            sums += torch.stack(
+                [inverse if torch.isfinite(energy).all() else inverse * torch.nan, inverse.new_tensor(len(energy))]
+            ).cpu()
         self.processes.add_up(sums)
         return float(sums[0] / sums[1])
 
 
 def record_calls(
-    model: nn.Module, blocks: nn.ModuleList, inputs: dict[str, Tensor], outputs: list[int] | None = None
-) -> list[list[Call]]:
-    """How the model calls each of its blocks on this batch.
+    model: nn.Module,
+    inputs: dict[str, Tensor],
+    position: int = 0,
+    finished: Sequence[Any] = (),
+    returned: Returned | None = None,
+) -> tuple[list[list[Call]], Returned]:
+    """How the model calls each block of one stack on this batch, and what its blocks return.
 
-    Only the first block is run, to see how many values it returns (0: a tensor instead of a tuple), and only while `outputs`
-    is empty; there the number is remembered for further batches.
+    The stacks before it are not run, but return what they have `finished` with. Of the stack itself only the first block is
+    run, to see what it returns, and not even that if `returned` is known.
 
     Raises:
         ValueError: the model does something to what one block returns before the next reads it, or runs blocks in turn.
     """
-    applications, outputs = applications_of(model), [] if outputs is None else outputs
+    applications, stacks = applications_of(model), find_stacks(model)
+    blocks = stacks[position].blocks
     order = [index for index in range(len(blocks)) for _ in range(applications)]
     calls: list[list[Call]] = [[] for _ in blocks]
 
     def record(index: int, forward: Any, *args: Any, **kwargs: Any) -> Any:
+        nonlocal returned
         hidden, done = _hidden((args, kwargs)), sum(map(len, calls))
         if index != order[done] or (done and not _same(hidden, _hidden(calls[0][0]))):
             raise ValueError(f"Block {index} of {type(model).__name__} does not read what the block before it returns.")
         calls[index].append((args, kwargs))
+        if returned is None:
+            returned = Returned.of(forward(*args, **kwargs))
         if done + 1 == len(order):
             raise _Stop
-        if not outputs:
-            returned = forward(*args, **kwargs)
-            outputs.append(len(returned) if isinstance(returned, tuple) else 0)
-        return (hidden, *[None] * (outputs[0] - 1)) if outputs[0] else hidden
+        return returned.with_hidden(hidden)
 
     with torch.no_grad(), ExitStack() as stack:
+        for before, output in zip(stacks, finished, strict=False):
+            for block in before.blocks:
+                stack.enter_context(replaced_forward(block, partial(_give, output)))
         for index, block in enumerate(blocks):
             stack.enter_context(replaced_forward(block, partial(record, index, block.forward)))
         with suppress(_Stop):
             model(**inputs)
-    return calls
+    assert returned is not None
+    return calls, returned
+
+
+def stack_tokens(model: nn.Module, inputs: dict[str, Tensor]) -> list[int]:
+    """How many real tokens each stack has of this batch; where no input says which are real, all places count."""
+    counts: list[int] = []
+    for position, stack in enumerate(find_stacks(model)):
+        mask = inputs.get(stack.mask)
+        hidden = mask if mask is not None else _hidden(record_calls(model, inputs, position)[0][0][0])[..., 0]
+        counts.append(int(hidden.sum()) if mask is not None else hidden.numel())
+    return counts
+
+
+def _give(output: Any, *args: Any, **kwargs: Any) -> Any:
+    return output
 
 
 def _same(one: Tensor, other: Tensor) -> bool:

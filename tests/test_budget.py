@@ -97,7 +97,7 @@ def test_attended_pairs_of_decoders(family: str) -> None:
         local = family in ("mistral", "gemma3_text") or (family, block) in (("qwen2", 1), ("gemma2", 0))
         window = 6 if local else seq_len
         pairs = [(query, key) for query in range(seq_len) for key in range(query + 1) if query - key < window]
-        assert attended_pairs(model, block, seq_len) == len(pairs)
+        assert attended_pairs(find_groups(model)[2 * block], seq_len) == len(pairs)
 
 
 def test_options() -> None:

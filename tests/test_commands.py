@@ -25,8 +25,8 @@ from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
     PreTrainedTokenizerFast,
-    T5Config,
-    T5ForConditionalGeneration,
+    XLNetConfig,
+    XLNetLMHeadModel,
 )
 
 from optimum_stat import STATConfig, command_options
@@ -62,12 +62,12 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     home = tmp_path_factory.mktemp("dense")
     config = BertConfig(vocab_size=30, max_position_embeddings=64, **SIZES)
     llama = LlamaConfig(vocab_size=30, num_key_value_heads=2, max_position_embeddings=64, **SIZES)
-    t5 = T5Config(vocab_size=30, d_model=16, d_kv=4, d_ff=16, num_layers=1, num_heads=2)
+    xlnet = XLNetConfig(vocab_size=30, d_model=16, d_inner=16, n_layer=1, n_head=2)
     return {
         "classifier": save(BertForSequenceClassification(config), home / "classifier"),
         "encoder": save(BertModel(config), home / "encoder"),
         "llama": save(LlamaForCausalLM(llama), home / "llama"),
-        "t5": save(T5ForConditionalGeneration(t5), home / "t5"),
+        "xlnet": save(XLNetLMHeadModel(xlnet), home / "xlnet"),
     }
 
 
@@ -340,7 +340,7 @@ def test_a_dry_run_shows_what_could_be_pruned_from_the_config_alone(
 
 
 def test_a_dry_run_of_what_is_not_known_says_what_was_found(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    T5Config(d_model=8, d_kv=4, d_ff=8, num_layers=1, num_heads=2, vocab_size=9).save_pretrained(tmp_path)
+    XLNetConfig(vocab_size=9, d_model=8, d_inner=8, n_layer=1, n_head=2).save_pretrained(tmp_path)
     assert "no list of blocks with attention was found" in fails(capsys, 1, "inspect", str(tmp_path), "--dry-run")
 
 
@@ -421,8 +421,8 @@ def test_a_method_that_trains(
 
 
 def test_unknown_families_are_refused(folders: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    line = fails(capsys, 1, "prune", str(tmp_path / "out"), "-m", folders["t5"])
-    assert "error: optimum-stat cannot prune 't5' models" in line
+    line = fails(capsys, 1, "prune", str(tmp_path / "out"), "-m", folders["xlnet"])
+    assert "error: optimum-stat cannot prune 'xlnet' models" in line
 
 
 def test_a_full_folder_is_refused_before_anything_is_loaded(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -463,8 +463,8 @@ def test_evaluate_refuses_what_it_cannot_do(
 
 
 def test_debug_shows_the_traceback(folders: dict[str, str], tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="cannot prune 't5'"):
-        main(["prune", str(tmp_path / "out"), "-m", folders["t5"], "--debug"])
+    with pytest.raises(ValueError, match="cannot prune 'xlnet'"):
+        main(["prune", str(tmp_path / "out"), "-m", folders["xlnet"], "--debug"])
 
 
 @pytest.mark.timeout(90)

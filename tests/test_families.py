@@ -137,19 +137,14 @@ _COMMON = {
 }
 REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
     "other names": (
-        "t5",
-        {"d_model": 8, "d_kv": 4, "d_ff": 8, "num_layers": 1, "num_heads": 2},
+        "xlnet",
+        {"d_model": 8, "d_inner": 8, "n_layer": 1, "n_head": 2},
         r"no list of blocks with attention was found; at '[a-z.0-9]*', a .* has no attention \(q_proj/k_proj/v_proj or .*; no ",
     ),
     "no attention": (
         "mamba",
         {"hidden_size": 8, "num_hidden_layers": 2},
         r"a MambaBlock has attention at mixer \(perhaps, in one linear\); no neurons .*; its modules with weights are .*in_proj",
-    ),
-    "an encoder and a decoder": (
-        "bart",
-        {"d_model": 8, "encoder_layers": 1, "decoder_layers": 1, "encoder_attention_heads": 2, "decoder_attention_heads": 2},
-        "blocks with attention stand at 'encoder.layers', 'decoder.layers', and only models with one list of them",
     ),
     "experts": (
         "mixtral",

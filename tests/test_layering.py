@@ -12,17 +12,20 @@ from pathlib import Path
 import pytest
 
 import optimum_stat
-from optimum_stat import family_table
+from optimum_stat import family_table, remote_code
 from optimum_stat.family_table import FAMILIES
 
 PACKAGE = Path(optimum_stat.__file__).parent
 LAYERS = (
     {"linalg", "family_table", "config", "autoload", "processes"},
     {"anatomy"},
+    {"blocks", "group"},
     {"families"},
     {"teacher_losses", "labels", "trained_config"},
     {
         "rows",
+        "media",
+        "recordings",
         "data",
         "probes",
         "gradients",
@@ -75,8 +78,22 @@ NAMES_OF_PARTS = {
     if constant[0].isupper() and constant.isupper() and not isinstance(value, dict)
     for name in re.findall(r"[\w.]+", str(value))
 }
-EVERYDAY = {"query", "key", "value", "dense", "dim", "experts", "num_attention_heads", "num_key_value_heads"}
-"""Words of other kinds, too: the last two are what every config calls them."""
+EVERYDAY = {
+    "query",
+    "key",
+    "value",
+    "dense",
+    "dim",
+    "experts",
+    "q",
+    "k",
+    "v",
+    "o",
+    "head_dim",
+    "num_attention_heads",
+    "num_key_value_heads",
+}
+"""Words of other kinds, too: the last three are what every config calls them."""
 
 
 def room(source: str) -> str:
@@ -128,7 +145,7 @@ def test_the_reader_of_imports_finds_them():
     assert {"budget", "card", "config", "methods.stat_published", "walk"} <= found
     assert {name for name, _ in own_imports("pruner.py")} >= {"checkpoint", "structure", "slicing"}
     assert "pruner" not in {name for name, _ in own_imports("checkpoint.py")}  # for types only
-    assert {name for name, _ in own_imports("data.py")} == {"config", "families", "labels", "processes", "rows"}
+    assert {name for name, _ in own_imports("data.py")} == {"budget", "config", "labels", "processes", "rows"}
 
 
 @pytest.mark.parametrize("source", [source for source in SOURCES if room(source) not in FREE])
@@ -188,3 +205,12 @@ def test_every_public_name_resolves():
         assert getattr(optimum_stat, name) is not None
     with pytest.raises(AttributeError, match="has no attribute 'Prunner'"):
         _ = optimum_stat.Prunner
+
+
+def test_the_parts_of_the_remote_code_do_not_shadow_each_other():
+    """They stand in one file there."""
+    trees = [ast.parse((PACKAGE / part).read_text()) for part in remote_code.PARTS]
+    names = [node.name for tree in trees for node in tree.body if isinstance(node, (ast.FunctionDef, ast.ClassDef))]
+    assigned = [target for tree in trees for node in tree.body if isinstance(node, ast.Assign) for target in node.targets]
+    names += [name.id for target in assigned for name in ast.walk(target) if isinstance(name, ast.Name)]
+    assert sorted(names) == sorted(set(names))

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from optimum_stat.data import Batches
 from optimum_stat.families import find_groups, weight
-from optimum_stat.gradients import FISHER_TOKENS, differentiable_embeddings, output_fisher
+from optimum_stat.gradients import FISHER_TOKENS, differentiable_from, first_blocks, output_fisher
 from optimum_stat.probes import device_of, on_consumer_input, on_output_gradient, quiet, real_rows
 
 
@@ -56,10 +56,10 @@ def test_a_replaced_input_is_what_the_consumer_reads(family: str) -> None:
 def test_output_gradients_are_those_of_the_consumers_output(family: str) -> None:
     model, batch = tiny(family), _data(tiny(family), batches()).items[0]
     groups, seen = find_groups(model), {}
-    with quiet(model), differentiable_embeddings(model):
+    with quiet(model), differentiable_from(first_blocks(model)):
         with on_output_gradient({group.name: group.consumer for group in groups}, lambda name, y, g: seen.update({name: g})):
             model(**batch).logits.square().mean().backward()
-        _assert_clean_but_embeddings(model)
+        _assert_clean_but_first_block(model)
         for group in groups:
             nudge = torch.zeros_like(seen[group.name]).requires_grad_()
             handle = group.consumer.register_forward_hook(lambda m, a, output, nudge=nudge: output + nudge)
@@ -69,9 +69,9 @@ def test_output_gradients_are_those_of_the_consumers_output(family: str) -> None
     _assert_clean(model)
 
 
-def _assert_clean_but_embeddings(model: Any) -> None:
+def _assert_clean_but_first_block(model: Any) -> None:
     for name, module in model.named_modules():
-        assert module is model.get_input_embeddings() or not (module._forward_hooks or module._forward_pre_hooks), name
+        assert module in first_blocks(model) or not (module._forward_hooks or module._forward_pre_hooks), name
 
 
 def test_probes_are_removed_after_an_exception() -> None:
@@ -84,7 +84,7 @@ def test_probes_are_removed_after_an_exception() -> None:
     consumers = {group.name: group.consumer for group in groups}
     with quiet(model):
         for probe in (on_consumer_input(groups, fail), on_output_gradient(consumers, fail)):
-            embeddings = differentiable_embeddings(model)
+            embeddings = differentiable_from(first_blocks(model))
             with pytest.raises(KeyError, match=r"heads|neurons"), embeddings, probe:
                 model(**batch).logits.sum().backward()
             _assert_clean(model)
@@ -162,7 +162,7 @@ def _exact_fisher(model: nn.Module, batch: dict[str, Tensor], terms: Terms) -> d
     """One example, outcome by outcome, with autograd: mean over real tokens of sum_o p_o (d log p_o / d y)^2."""
     groups, outputs, real = find_groups(model), [], batch["attention_mask"][0].bool()
     handles = [g.consumer.register_forward_hook(lambda m, a, output: outputs.append(output)) for g in groups]
-    with torch.enable_grad(), differentiable_embeddings(model):
+    with torch.enable_grad(), differentiable_from(first_blocks(model)):
         found = terms(model(**batch), real)
         totals = [torch.zeros(HIDDEN, dtype=torch.float64) for _ in groups]
         for probability, log in found:

@@ -6,7 +6,7 @@ import operator
 
 import pytest
 import torch
-from tiny import INEXACT, SIZES, batches, outputs, tiny
+from tiny import INEXACT, ROWS, batches, data_of, outputs, tiny
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -14,7 +14,7 @@ from optimum_stat.families import find_groups, weight
 from optimum_stat.probes import on_consumer_input
 from optimum_stat.slicing import consumer_columns, restored_on_error, slice_group, slice_model
 
-EACH_FAMILY = pytest.mark.parametrize("family", SIZES)
+EACH_FAMILY = pytest.mark.parametrize("family", ROWS)
 
 
 def random_plan(model: PreTrainedModel, seed: int) -> dict[str, Tensor]:
@@ -45,17 +45,17 @@ def test_sliced_equals_masked(family: str, seed: int):
     plan = random_plan(model, seed)
     if family in INEXACT:
         plan |= {group.name: torch.arange(group.units) for group in find_groups(model) if group.inexact}
-    wanted = [masked(model, plan, batch) for batch in batches()]
-    dense = outputs(model, batches()[0])
+    wanted = [masked(model, plan, batch) for batch in data_of(family)]
+    dense = outputs(model, data_of(family)[0])
     slice_model(model, plan)
     assert [group.units for group in find_groups(model)] == [len(units) for units in plan.values()]
-    for batch, values in zip(batches(), wanted, strict=True):
+    for batch, values in zip(data_of(family), wanted, strict=True):
         torch.testing.assert_close(outputs(model, batch), values, atol=2e-4, rtol=1e-4)
     assert (wanted[0] - dense).abs().max() > 0.05
 
 
 def test_a_norm_over_all_heads_makes_heads_inexact_and_nothing_else():
-    groups = {name: find_groups(tiny(name)) for name in SIZES}
+    groups = {name: find_groups(tiny(name)) for name in ROWS}
     inexact = {(name, group.structure) for name, own in groups.items() for group in own if group.inexact}
     assert inexact == {(name, "heads") for name in INEXACT}
     model = tiny("olmo2")
@@ -74,9 +74,9 @@ def test_every_attention_agrees_on_the_sliced_model(family: str, attention: str)
     if attention == "sdpa" and not model._supports_sdpa:
         return  # refused by transformers
     slice_model(model, random_plan(model, 1))
-    before = outputs(model, batches()[0])
+    before = outputs(model, data_of(family)[0])
     model.set_attn_implementation(attention)
-    torch.testing.assert_close(outputs(model, batches()[0]), before, atol=2e-4, rtol=1e-4)
+    torch.testing.assert_close(outputs(model, data_of(family)[0]), before, atol=2e-4, rtol=1e-4)
 
 
 @EACH_FAMILY

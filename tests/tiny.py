@@ -103,23 +103,88 @@ INEXACT = ("olmo2",)
 """Dropping a head changes what the others do: a norm over all of them."""
 
 
-def combinations(choices: Iterable[str]) -> list[Any]:
-    """Parameters (choice, family) for every choice and family; marked "full" but for CORE, and one choice for each other row."""
-    own = list(choices)
-    turns = {family: own[i % len(own)] for i, family in enumerate(family for family in SIZES if family not in CORE)}
+_TOWERS = {**_BERT, "image_size": 12, "patch_size": 4, "num_channels": 3}
+_BART = {
+    "d_model": HIDDEN,
+    **{f"{side}_{name}": value for side in ("encoder", "decoder") for name, value in (("layers", 2), ("attention_heads", HEADS))},
+    "encoder_ffn_dim": NEURONS,
+    "decoder_ffn_dim": 36,
+    "max_position_embeddings": 64,
+    **dict.fromkeys(("bos_token_id", "decoder_start_token_id"), 0),
+    "eos_token_id": 2,
+}
+_T5 = {"d_model": HIDDEN, "d_kv": 8, "d_ff": NEURONS, "num_layers": LAYERS, "num_heads": HEADS, "initializer_factor": 0.4}
+_T5 |= {"decoder_start_token_id": PAD}
+_WAVES = {"conv_dim": (16, 16), "conv_kernel": (4, 3), "conv_stride": (3, 2), "num_feat_extract_layers": 2}
+_WAVES |= {"num_conv_pos_embeddings": 4, "num_conv_pos_embedding_groups": 2}
+_TEXT = {**_BERT, "vocab_size": VOCAB, "eos_token_id": 2, "bos_token_id": 0}
+OTHERS: dict[str, tuple[str, dict[str, Any]]] = {
+    "bart": ("Seq2SeqLM", _BART),
+    "clip": (
+        "",
+        {"text_config": _TEXT, "vision_config": _TOWERS, "projection_dim": 16},
+    ),
+    "clip_text_model": ("", {**_BERT, "eos_token_id": 2}),
+    "clip_vision_model": ("", _TOWERS),
+    "dinov2": ("ImageClassification", {**_TOWERS, "mlp_ratio": 2}),
+    "dinov2, gated": ("ImageClassification", {**_TOWERS, "use_swiglu_ffn": True, "mlp_ratio": 3}),
+    "siglip": ("", {"text_config": {**_TEXT, "projection_size": HIDDEN}, "vision_config": _TOWERS}),
+    "siglip_vision_model": ("", _TOWERS),
+    "t5": ("Seq2SeqLM", _T5),
+    "t5, gated": ("Seq2SeqLM", {**_T5, "feed_forward_proj": "gated-gelu"}),
+    "vit": ("ImageClassification", _TOWERS),
+    "wav2vec2": ("CTC", {**_BERT, **_WAVES}),
+    "wav2vec2, norm first": ("CTC", {**_BERT, **_WAVES, "do_stable_layer_norm": True, "feat_extract_norm": "layer"}),
+    "whisper": ("SpeechSeq2Seq", {**_BART, "num_mel_bins": 8, "max_source_positions": 20, "max_target_positions": 64}),
+}
+"""Families that read something else than one list of token ids, or more: the head they usually have, and their sizes."""
+ROWS = (*SIZES, *OTHERS)
+"""All of them: the rows of the table."""
+SEQUENCES = tuple(name for name in OTHERS if OTHERS[name][0] in ("Seq2SeqLM", "SpeechSeq2Seq"))
+"""They generate with a decoder that reads an encoder."""
+FIXED_STREAM = (*FIXED_STREAM, *OTHERS)
+
+
+def combinations(choices: Iterable[str], of_tokens_alone: Iterable[str] = ()) -> list[Any]:
+    """Parameters (choice, family) for every choice and family; marked "full" but for CORE, and one choice for each other row.
+
+    Choices `of_tokens_alone` are not combined with OTHERS.
+    """
+    own, alone = list(choices), set(of_tokens_alone)
+    able = {family: [choice for choice in own if family in SIZES or choice not in alone] for family in ROWS}
+    turns = {family: able[family][i % len(able[family])] for i, family in enumerate(f for f in ROWS if f not in CORE)}
     return [
         pytest.param(choice, family, marks=[] if turns.get(family, choice) == choice else pytest.mark.full)
         for choice in own
-        for family in SIZES
+        for family in ROWS
+        if choice in able[family]
     ]
+
+
+def auto_of(family: str, head: str | None = None) -> Any:
+    """The Auto class of a family with its usual head."""
+    usual = OTHERS[family][0] if family in OTHERS else "MaskedLM" if family in ENCODERS else "CausalLM"
+    head = usual if head is None else head
+    return getattr(transformers, f"AutoModelFor{head}" if head else "AutoModel")
+
+
+def accepted(model: Any, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    """What of a batch the model's forward takes."""
+    floats = {name: value.to(model.dtype) for name, value in batch.items() if value.is_floating_point()}
+    return {name: batch[name] for name in batch if name != "position_ids" or takes_positions(model)} | floats
+
+
+def predicted(output: Any) -> Tensor:
+    """The main output."""
+    return next(output[name] for name in ("logits", "last_hidden_state", "image_embeds") if name in output)
 
 
 def tiny(family: str, head: str | None = None, seed: int = 0, **changes: Any) -> PreTrainedModel:
     """A random model. head: "CausalLM", "SequenceClassification", ..., "" for none; None: the family's usual one."""
-    head = ("MaskedLM" if family in ENCODERS else "CausalLM") if head is None else head
+    own = OTHERS[family][1] if family in OTHERS else SIZES[family]
     labels = 2 if head == "QuestionAnswering" else LABELS
-    sizes = {"vocab_size": VOCAB, "pad_token_id": PAD, "num_labels": labels, **SIZES[family], **changes}
-    auto = getattr(transformers, f"AutoModelFor{head}" if head else "AutoModel")
+    sizes = {"vocab_size": VOCAB, "pad_token_id": PAD, "num_labels": labels, **own, **changes}
+    auto = auto_of(family, head)
     config = transformers.AutoConfig.for_model(family.split(",")[0], **sizes)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
@@ -167,9 +232,37 @@ def _padded(rows: list[Tensor], length: int, left: bool) -> dict[str, Tensor]:
     return result
 
 
+def data_of(family: str, count: int = 12, batch_size: int = 3, seed: int = 0) -> list[dict[str, Tensor]]:
+    """Ready batches of what the family reads: token ids, pixels, waveforms, a decoder's token ids."""
+    generator, kind = torch.Generator().manual_seed(seed), family.split(",")[0]
+    lengths = tuple(int(n) for n in torch.randint(3, 13, (count,), generator=generator))
+    found = batches(lengths, batch_size, seed=seed)
+    if kind in SIZES:
+        return found
+    for number, batch in enumerate(found):
+        size = len(batch.pop("position_ids"))
+        if kind in ("clip", "siglip", "vit", "dinov2", "clip_vision_model", "siglip_vision_model"):
+            batch["pixel_values"] = torch.randn(size, 3, 12, 12, generator=generator)
+        if kind == "wav2vec2":
+            batch["input_values"] = torch.randn(size, 90 + 30 * number, generator=generator)
+        if kind == "whisper":
+            batch["input_features"] = torch.randn(size, 8, 40, generator=generator)
+        if kind in ("t5", "bart", "whisper"):
+            decoder = batches(tuple(3 + (n + i) % 7 for i, n in enumerate(lengths[:size])), size, seed=seed + number + 1)[0]
+            batch |= {f"decoder_{name}": decoder[name] for name in ("input_ids", "attention_mask")}
+        if kind not in ("t5", "bart", "clip", "siglip", "clip_text_model", "siglip_text_model"):
+            del batch["input_ids"], batch["attention_mask"]
+    return found
+
+
 def many(num_tokens: int = 1000, length: int = 20) -> list[dict[str, Tensor]]:
     """Enough data for every correction to be well determined."""
     return batches((length,) * (num_tokens // length), batch_size=25, seed=1)
+
+
+def plenty(family: str) -> list[dict[str, Tensor]]:
+    """The same, of what the family reads."""
+    return many() if family in SIZES else data_of(family, 120, 24, seed=1)
 
 
 @torch.no_grad()
@@ -181,10 +274,10 @@ def outputs(model: Any, batch: dict[str, Tensor]) -> Tensor:
     for parameter in model.parameters():
         if parameter.device.type == "cpu" and parameter.data_ptr() % 64:
             parameter.data = parameter.data.clone()
-    accepted = {name: value for name, value in batch.items() if name != "position_ids" or takes_positions(model)}
-    output = model.eval()(**accepted)
-    named = [output[name] for name in ("logits", "start_logits", "end_logits", "last_hidden_state") if name in output]
-    mask = batch["attention_mask"].bool()
+    output = model.eval()(**accepted(model, batch))
+    names = ("logits", "start_logits", "end_logits", "last_hidden_state", "image_embeds", "text_embeds")
+    mask = batch.get("decoder_attention_mask", batch.get("attention_mask", torch.empty(0))).bool()
+    named = [output[name] for name in names if name in output]
     return torch.cat([(value[mask] if value.shape[:2] == mask.shape else value).flatten().float() for value in named])
 
 

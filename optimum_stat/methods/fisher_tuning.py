@@ -127,7 +127,7 @@ class Tuning:
         """Which of all real tokens are an example's first, where only these count; None: all count."""
         if group.name != self.first_token_only:
             return None
-        firsts = [(mask.cumsum(1) == 1)[mask.bool()] for mask in self.student.masks]
+        firsts = [(mask.cumsum(1) == 1)[mask.bool()] for mask in self.student.masks if mask is not None]
         every = [first for first in firsts for _ in range(group.applications)]
         return torch.cat(every) if every else torch.empty(0, dtype=torch.bool)
 

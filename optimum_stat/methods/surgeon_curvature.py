@@ -21,10 +21,10 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ..data import Batches
-from ..families import weight
+from ..families import applications_of, masks_of_linears, weight
 from ..gradients import Loss, Passes
 from ..linalg import add_to_gram, symmetrize
-from ..probes import device_of, has_loss, real_rows, small_parts
+from ..probes import device_of, has_loss, small_parts
 from ..processes import Processes
 
 LABELS = ("data", "model")
@@ -98,7 +98,7 @@ def measure_factors(
     parts = small_parts(batches)
     loss = Loss(model, parts, seed, from_labels=labels == "data" and has_loss(model, batches))
     passes = Passes(model, parts, loss, batches.processes, "Curvature", first_block=first)
-    sums = _Sums.of(linears, passes)
+    sums = _Sums.of(linears, passes, masks_of_linears(model))
     with _watched(linears, sums):
         passes.run()
     return sums.finish(model, batches.processes)
@@ -113,14 +113,17 @@ class _Sums:
     shared: dict[nn.Module, nn.Module]
     """Layer -> the one whose input it reads too."""
     passes: Passes
+    masks: Mapping[nn.Module, str]
+    """Which of the model's inputs says what tokens that a layer reads are real."""
+    num_tokens: dict[nn.Module, Tensor]
     seen: list[tuple[Tensor, nn.Module]]
     """What was read in the part at hand, and who was the first to do so."""
     part: int = -1
 
     @classmethod
-    def of(cls, linears: Iterable[nn.Module], passes: Passes) -> _Sums:
+    def of(cls, linears: Iterable[nn.Module], passes: Passes, masks: Mapping[nn.Module, str]) -> _Sums:
         gradients = {linear: _square(len(weight(linear)), linear) for linear in linears}
-        return cls({}, gradients, {}, passes, [])
+        return cls({}, gradients, {}, passes, masks, {linear: torch.zeros(1, dtype=torch.float64) for linear in gradients}, [])
 
     def add_input(self, linear: nn.Module, a: Tensor) -> None:
         if self.part != self.passes.part:
@@ -130,21 +133,24 @@ class _Sums:
                 self.shared[linear] = other
                 return
         self.seen.append((a, linear))
-        rows = _single(real_rows(a.detach(), self.passes.mask))
+        rows = _single(self.passes.real_rows(a.detach(), self.masks[linear]))
         if linear not in self.inputs:
             self.inputs[linear] = _square(rows.shape[1] + 1, linear)
         add_to_gram(self.inputs[linear], torch.cat([rows, rows.new_ones(len(rows), 1)], dim=1))
 
     def add_gradient(self, linear: nn.Module, gradient: Tensor) -> None:
-        add_to_gram(self.gradients[linear], _single(real_rows(gradient, self.passes.mask)))
+        rows = _single(self.passes.real_rows(gradient, self.masks[linear]))
+        add_to_gram(self.gradients[linear], rows)
+        self.num_tokens[linear] += len(rows)
 
     def finish(self, model: nn.Module, processes: Processes) -> dict[nn.Module, Factors]:
         """The means over all processes; what is not finite is named."""
-        names = {module: name for name, module in model.named_modules()}
+        names, applications = {module: name for name, module in model.named_modules()}, applications_of(model)
+        processes.add_up(*self.num_tokens.values())
         for what, sums in (("activations that enter", self.inputs), ("gradients at the output of", self.gradients)):
             for linear, total in sums.items():
                 processes.add_up(total)
-                symmetrize(total).div_(self.passes.num_tokens)
+                symmetrize(total).div_(float(self.num_tokens[linear]) / applications)
                 if not torch.isfinite(total).all():
                     raise ValueError(f"The {what} {names[linear]} are NaN or infinite; there is no curvature. {OVERFLOW}")
         return {

@@ -1,0 +1,188 @@
+"""From images, sounds and pairs of texts to what the model reads."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from datasets import Audio, ClassLabel, Dataset, Features, Image, Value
+from PIL import Image as Picture
+from scipy.io import wavfile
+from tiny import PAD, data_of, outputs, tiny
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast, Wav2Vec2FeatureExtractor, WhisperFeatureExtractor
+
+from optimum_stat import FisherConfig, FisherPruner, MovementConfig, MovementPruner, STATConfig, STATPruner
+from optimum_stat.config import PruningConfig
+from optimum_stat.media import make_media_batches
+
+RATE = 16_000
+
+
+def images(count: int = 10) -> list[Picture.Image]:
+    generator = np.random.default_rng(0)
+    return [Picture.fromarray(generator.integers(0, 255, (15 + i, 20, 3), dtype=np.uint8)) for i in range(count)]
+
+
+def image_processor() -> Any:
+    from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
+
+    return ViTImageProcessorPil(size={"height": 12, "width": 12})
+
+
+def tokenizer() -> PreTrainedTokenizerFast:
+    words = {word: i for i, word in enumerate(["<s>", "<pad>", "</s>", *(f"w{i}" for i in range(60))])}
+    inner = Tokenizer(models.WordLevel(words, unk_token="w0"))
+    inner.pre_tokenizer = pre_tokenizers.Whitespace()
+    return PreTrainedTokenizerFast(tokenizer_object=inner, pad_token="<pad>", eos_token="</s>", model_max_length=32)
+
+
+def sounds(count: int = 6) -> list[np.ndarray]:
+    generator = np.random.default_rng(0)
+    return [generator.normal(size=200 + 60 * (i % 2)).astype(np.float32) for i in range(count)]
+
+
+def labelled_images() -> Dataset:
+    features = Features({"image": Image(), "label": ClassLabel(names=["a", "b", "c"]), "id": Value("int64")})
+    return Dataset.from_dict({"image": images(), "label": [i % 3 for i in range(10)], "id": list(range(10))}, features=features)
+
+
+def test_an_image_column_goes_through_the_processor_and_keeps_its_labels():
+    model = tiny("vit")
+    model.config.label2id = {"a": 0, "b": 1, "c": 2}
+    found = make_media_batches(
+        labelled_images(), model, PruningConfig(batch_size=4), processor=image_processor(), labels_for=model
+    )
+    wanted = image_processor()(images(), return_tensors="pt")["pixel_values"]
+    assert torch.equal(torch.cat([item["pixel_values"] for item in found]), wanted)
+    assert [len(item["pixel_values"]) for item in found] == [4, 4, 2]
+    assert torch.cat([own["labels"] for own in found.labels]).tolist() == [i % 3 for i in range(10)]
+    assert (found.num_examples, found.seq_len, found.num_tokens) == (10, 10, 100)  # nine patches and one for all
+    few = make_media_batches(labelled_images(), model, PruningConfig(num_tokens=35), processor=image_processor())
+    assert few.num_examples == 4
+
+
+def test_pruning_images_from_a_dataset_to_a_folder_and_back(tmp_path: Path):
+    pruner = FisherPruner.from_pretrained(tiny("vit"), FisherConfig(keep=0.6, labels="data"), tokenizer=image_processor())
+    pruner.prune(labelled_images())
+    pruner.save_pretrained(tmp_path / "small")
+    again = STATPruner.from_pretrained(tmp_path / "small", STATConfig(keep=0.9))
+    assert torch.equal(outputs(again.model, data_of("vit")[0]), outputs(pruner.model, data_of("vit")[0]))
+    again.prune([{"image": np.asarray(image)} for image in images()])  # with the processor of the folder
+    assert again.report.num_examples == 10
+
+
+def wav(samples: np.ndarray, rate: int) -> bytes:
+    file = io.BytesIO()
+    wavfile.write(file, rate, samples)
+    return file.getvalue()
+
+
+@pytest.mark.parametrize("form", ["arrays", "dicts", "files", "column"])
+def test_sounds_in_every_form_and_of_one_length_in_a_batch(form: str, tmp_path: Path):
+    model, extractor = tiny("wav2vec2"), Wav2Vec2FeatureExtractor(sampling_rate=RATE)
+    own = sounds()
+    rows: Any = [{"audio": each} for each in own]
+    if form == "dicts":
+        rows = [{"audio": {"array": each, "sampling_rate": RATE}} for each in own]
+    if form in ("files", "column"):
+        rows = [{"audio": {"bytes": wav(each, RATE), "path": None}} for each in own]
+    if form == "column":
+        rows = Dataset.from_list(
+            rows, features=Features({"audio": {"bytes": Value("binary"), "path": Value("string")}})
+        ).cast_column("audio", Audio())
+    found = make_media_batches(rows, model, PruningConfig(batch_size=2), processor=extractor)
+    shapes = [tuple(item["input_values"].shape) for item in found]
+    assert shapes == [(2, 260), (1, 260), (2, 200), (1, 200)]
+    wanted = [extractor(each, sampling_rate=RATE, return_tensors="pt")["input_values"] for each in own]
+    torch.testing.assert_close(found.items[0]["input_values"], torch.cat([wanted[1], wanted[3]]))
+    frames = [model._get_feat_extract_output_lengths(n) for n in (260, 200)]
+    assert found.num_tokens == 3 * sum(int(n) for n in frames)
+
+
+def test_other_rates_and_channels_are_converted():
+    time = np.arange(4000) / 8000
+    wave = np.sin(2 * np.pi * 440 * time)
+    both = (np.stack([wave, wave], 1) * 32767).astype(np.int16)
+    seen = []
+
+    class Extractor(Wav2Vec2FeatureExtractor):
+        def __call__(self, samples: np.ndarray, **kwargs: Any) -> Any:
+            seen.append(samples)
+            return super().__call__(samples, **kwargs)
+
+    rows = [{"audio": {"bytes": wav(both, 8000)}}]
+    make_media_batches(rows, tiny("wav2vec2"), PruningConfig(), processor=Extractor(sampling_rate=RATE))
+    wanted = np.sin(2 * np.pi * 440 * np.arange(8000) / RATE)
+    assert len(seen[0]) == 8000
+    assert np.abs(seen[0] - wanted)[500:-500].max() < 0.01
+
+
+def test_a_decoder_reads_the_target_behind_its_start():
+    rows = [{"document": "w3 w4 w5 w6", "summary": "w7 w8 w9"}, {"document": "w10", "summary": "w11 w12"}]
+    found = make_media_batches(rows, tiny("t5"), PruningConfig(), processor=tokenizer())
+    (item,) = found.items
+    assert item["input_ids"].tolist() == [[6, 7, 8, 9], [13, PAD, PAD, PAD]]
+    assert item["decoder_input_ids"].tolist() == [[PAD, 10, 11], [PAD, 14, PAD]]  # the start is the family's padding
+    assert item["decoder_attention_mask"].tolist() == [[1, 1, 1], [1, 1, 0]]
+    assert (found.seq_len, found.num_tokens) == ((2, 2), 5)
+    alone = make_media_batches([{"text": "w3 w4"}], tiny("t5"), PruningConfig(), processor=tokenizer())
+    assert alone.items[0]["decoder_input_ids"].tolist() == [[PAD, 6]]
+
+
+def test_sound_with_a_transcript_and_image_with_a_caption():
+    extractor = WhisperFeatureExtractor(feature_size=8, n_fft=400, hop_length=400, chunk_length=1)
+    processor = SimpleNamespace(feature_extractor=extractor, tokenizer=tokenizer())
+    rows = [{"audio": each, "text": "w3 w4 w5"} for each in sounds()]
+    pruner = STATPruner.from_pretrained(tiny("whisper"), STATConfig(keep=0.7), tokenizer=processor)
+    pruner.prune(rows)
+    assert pruner.report.seq_len == (20, 3)
+    processor = SimpleNamespace(image_processor=image_processor(), tokenizer=tokenizer())
+    pruner = STATPruner.from_pretrained(tiny("clip"), STATConfig(keep=0.7), tokenizer=processor)
+    pruner.prune([{"image": image, "caption": "w3 w4"} for image in images()])
+    assert pruner.report.seq_len == (2, 10)
+
+
+WRONG: dict[str, tuple[str, Any, Any, str]] = {
+    "no processor": ("vit", [{"image": images()[0]}], None, "there is no image processor. Pass one with tokenizer=, or ready"),
+    "no image": ("vit", [{"label": 3}], image_processor(), r"Row 0 must have one image, and has none. Columns: label \(int\)"),
+    "two images": ("vit", [dict.fromkeys("ab", images()[0])], image_processor(), r"has several \(a, b\): select_columns\(\) one"),
+    "nothing": ("vit", [], image_processor(), "The dataset is empty"),
+    "strings": ("vit", ["a cat"], image_processor(), "Row 0 is a str, not a mapping of columns"),
+    "no WAV": ("wav2vec2", [{"audio": {"bytes": b"OggS"}}], Wav2Vec2FeatureExtractor(), "holds a sound that is no WAV file"),
+    "padded sounds": (
+        "wav2vec2",
+        [{"input_values": torch.zeros(2, 200), "attention_mask": torch.tensor([[1] * 200, [1] * 100 + [0] * 100])}],
+        None,
+        "Row 0 has padded sounds; give batches of sounds of one length",
+    ),
+    "no text": ("t5", [{"number": 3}], tokenizer(), "Row 0 has no text in 'text' and 'text'"),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_what_cannot_be_read_is_refused_with_the_reason(case: str):
+    family, rows, processor, message = WRONG[case]
+    with pytest.raises(ValueError, match=message):
+        make_media_batches(rows, tiny(family), PruningConfig(), processor=processor)
+
+
+def test_columns_are_named_and_methods_that_train_refuse():
+    with pytest.raises(ValueError, match=r"text_columns=.*asked, but there is no column 'body'. Columns: text"):
+        make_media_batches([{"text": "w3"}], tiny("t5"), PruningConfig(), processor=tokenizer(), text_columns="body")
+    with pytest.raises(ValueError, match="movement trains on token ids, and T5ForConditionalGeneration reads something else"):
+        MovementPruner.from_pretrained(tiny("t5"), MovementConfig(distill=1.0)).prune(data_of("t5"))
+    with pytest.raises(ValueError, match="Time asked of ViTForImageClassification, which reads more than token ids"):
+        STATPruner.from_pretrained(tiny("vit"), STATConfig(budget="latency")).prune(data_of("vit"))
+
+
+def test_what_the_decoder_reads_is_its_own_label():
+    model = tiny("bart")
+    pruner = FisherPruner.from_pretrained(model, FisherConfig(keep=0.8, labels="data"))
+    pruner.prune(data_of("bart"))
+    assert pruner.report.reached <= 0.8
