@@ -77,13 +77,27 @@ def model_cost(model: nn.Module, budget: str, seq_len: Lengths) -> int:
     """What all transformer blocks cost: every unit, and what belongs to none: for "params" also norms, biases and the like."""
     if budget == "params":
         return sum(parameter.numel() for parameter in find_blocks(model).parameters())
-    groups = find_groups(model)
-    fixed = sum(
-        p.fixed * weight(p.linear).shape[1] * g.applications * length_of(seq_len, g, p.of_context)
-        for g in groups
-        for p in g.producers
-    )
-    return fixed + sum(unit_cost(model, group, budget, seq_len) * group.units for group in groups)
+    return sum(block_fixed(model, budget, seq_len)) + sum(_whole(model, group, budget, seq_len) for group in find_groups(model))
+
+
+def block_fixed(model: nn.Module, budget: str, seq_len: Lengths) -> list[int]:
+    """Of each block, what belongs to no unit: see `model_cost`."""
+    blocks, groups = find_blocks(model), find_groups(model)
+    if budget == "params":
+        fixed = [sum(parameter.numel() for parameter in block.parameters()) for block in blocks]
+        for group in groups:
+            fixed[group.block] -= _whole(model, group, budget, seq_len)
+        return fixed
+    fixed = [0] * len(blocks)
+    for group in groups:
+        for own in group.producers:
+            length = length_of(seq_len, group, own.of_context)
+            fixed[group.block] += own.fixed * weight(own.linear).shape[1] * group.applications * length
+    return fixed
+
+
+def _whole(model: nn.Module, group: Group, budget: str, seq_len: Lengths) -> int:
+    return unit_cost(model, group, budget, seq_len) * group.units
 
 
 @dataclass(frozen=True)

@@ -57,8 +57,8 @@ class Residents:
         """Of a dense model. One token is run through it, to see what it keeps."""
         if not reads_tokens_alone(model):
             raise ValueError(
-                f"budget='memory' asked of {type(model).__name__}, which reads more than token ids, or has several lists of blocks; "
-                "what it keeps of its tokens is not known. Ask for params."
+                f"budget='memory' asked of {type(model).__name__}, which reads more than token ids, or has several lists of "
+                "blocks; what it keeps of its tokens is not known. Ask for params."
             )
         single = cls(1, 1).cache_bytes(model)
         copies = _cache_of_one_token(model) // single if single else 1

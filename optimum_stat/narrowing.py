@@ -15,7 +15,7 @@ from .families import Group, weight
 from .linalg import add_to_gram, damped, solve_psd, symmetrize
 from .probes import device_of, real_rows
 from .slicing import set_weight
-from .stream import Stream, find_stream, narrow
+from .stream import Stream, find_stream, is_norm, narrow
 from .walk import BlockWalk
 
 RIDGE = 0.1  # of the diagonal; SmolLM2 with 560 of 576 dimensions: 22.41 perplexity, with 0.01 22.61
@@ -78,7 +78,7 @@ def _correct_head(wide: Any, model: Any, keep: Tensor, batches: Batches) -> None
     if not stream.tied:
         _correct(stream.reader, before.reader, keep, gram, cross)
     elif norm is not None:
-        _multiply(norm, _factors(gram, cross, keep))
+        multiply(norm, _factors(gram, cross, keep))
 
 
 def _read(model: Any, reader: nn.Module, stream: Stream, inputs: dict[str, Tensor]) -> tuple[Tensor, nn.Module | None]:
@@ -94,24 +94,24 @@ def _read(model: Any, reader: nn.Module, stream: Stream, inputs: dict[str, Tenso
         seen.append((rows if rows.dtype == torch.float64 else rows.float(), made.get(args[0].data_ptr())))
 
     with ExitStack() as stack:
-        for norm in {module for module, _, _ in stream.axes if isinstance(module.weight, Tensor) and module.weight.dim() == 1}:
+        for norm in {module for module, _, _ in stream.axes if is_norm(module)}:
             stack.callback(norm.register_forward_hook(note).remove)
         stack.callback(reader.register_forward_pre_hook(look).remove)
         model(**inputs)
     return seen[0]
 
 
-def _multiply(norm: nn.Module, factors: Tensor) -> None:
+def multiply(norm: nn.Module, factors: Tensor) -> None:
     """Have `norm` give `factors` times what it gives; some multiply by 1 + weight."""
     own: Any = norm.weight
     silent = copy.deepcopy(norm)
     for value in silent.parameters():
         value.zero_()
     offset = int(silent(torch.linspace(1, 2, len(own), device=own.device, dtype=own.dtype)).any())
-    norm.weight = nn.Parameter(((offset + own) * factors.to(own.dtype) - offset).to(own.dtype), own.requires_grad)
+    norm.weight = nn.Parameter(((offset + own) * factors.to(own) - offset).to(own.dtype), own.requires_grad)
     if isinstance(getattr(norm, "bias", None), Tensor):
         bias: Any = norm.bias
-        norm.bias = nn.Parameter(bias * factors.to(bias.dtype), bias.requires_grad)
+        norm.bias = nn.Parameter(bias * factors.to(bias), bias.requires_grad)
 
 
 def _inputs(walk: BlockWalk, site: Group) -> list[Tensor]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -109,6 +110,17 @@ def shorten(model: Any, keep: list[int]) -> None:
     config.num_hidden_layers = len(own)
 
 
+def without_weights(model: Any, blocks: list[int], keep: Tensor) -> Any:
+    """A copy on the meta device that keeps these blocks and dimensions."""
+    tensors = [*model.parameters(), *model.buffers()]
+    memo: dict[int, Any] = {id(each): torch.empty_like(each, device="meta") for each in tensors}
+    memo |= {id(each): nn.Parameter(memo[id(each)], requires_grad=False) for each in model.parameters()}
+    small = copy.deepcopy(model, memo)
+    shorten(small, blocks)
+    narrow(small, keep)
+    return small
+
+
 def _inputs(linear: nn.Module) -> Axis:
     return linear, "weight", 1 if isinstance(linear, nn.Linear) else 0
 
@@ -123,6 +135,11 @@ def _of_heads(block: nn.Module) -> Iterator[nn.Module | None]:
     """What holds vectors of a block's heads, whose length may be that of the stream."""
     for found in attentions(block):
         yield from (at(found.module, path.rpartition(".")[0]) for path in PER_HEAD)
+
+
+def is_norm(module: nn.Module) -> bool:
+    """Of the modules of a stream: whether it scales every dimension by itself."""
+    return isinstance(module.weight, Tensor) and module.weight.dim() == 1
 
 
 def _of_norm(module: nn.Module, widths: Collection[int]) -> list[Axis]:

@@ -26,10 +26,12 @@ from .families import Group, find_groups
 from .pruner import Pruner
 from .report import GroupReport, Lines, TimedStage
 from .slicing import Plan, restored_on_error, slice_model
+from .stream import narrow, shorten
 from .trained_config import TrainedConfig
 from .training import Masks, PruningTrainer, differing, lent, masks_in, own_randomness, trainable, values_restored_on_error
 from .training_data import Example, examples, metrics_of
 from .training_sizes import Size, error_curve, orders
+from .trunk import HIDDEN, LAYERS, trunk_line
 
 FINETUNE, MASKED = "finetune", "masked.safetensors"
 
@@ -155,7 +157,13 @@ class TrainedPruner(Pruner[T]):
         with stage("slice"):
             self.repair(groups, plan, batches)
             slice_model(self.model, plan)
-        return tuple(GroupReport.of(group, ranking.error[group.name], kept[group.name], nats) for group in groups)
+            if LAYERS in plan:
+                shorten(self.model, plan[LAYERS].tolist())
+            if HIDDEN in plan:
+                narrow(self.model, plan[HIDDEN])
+        trunk = (trunk_line(name, ranking.error[name], kept[name], nats) for name in self.config.trunk)
+        # a layer that goes has no groups in the plan
+        return (*trunk, *(GroupReport.of(group, ranking.error[group.name], kept.get(group.name, 0), nats) for group in groups))
 
     @contextmanager
     def frozen_zeros(self) -> Iterator[None]:
@@ -187,7 +195,7 @@ class TrainedPruner(Pruner[T]):
 
     def rank(self, groups: list[Group], stats: Iterable[tuple[Group, Tensor]]) -> Ranking:
         """By score; `error[g][k]` is the sum of the scores of the units that go."""
-        scores = {group.name: own for group, own in stats}
+        scores = {group.name: own for group, own in stats} | self._masks.shared_scores()
         order = orders(scores)
         return Ranking(order, {name: error_curve(own[order[name]]) for name, own in scores.items()})
 

@@ -37,6 +37,5 @@ class TrainedConfig(PruningConfig):
                 f"distill_epochs={self.distill_epochs} asked; methods that train have a teacher all along, see distill, and "
                 "finetune_epochs for what comes after slicing."
             )
-        self.refuse_trunk("a method that trains")
         if self.budget == "latency":
             raise ValueError("budget='latency' asked; methods that train count params, macs or memory.")

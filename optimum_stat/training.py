@@ -56,6 +56,10 @@ class Masks(nn.Module, ABC):
     def scores(self, group: Group) -> Tensor:
         """How much each unit of `group` is worth, [units], float64 on the CPU; comparable between groups."""
 
+    def shared_scores(self) -> dict[str, Tensor]:
+        """The same for what all blocks share, by structure. Default: there are no masks on it."""
+        return {}
+
 
 class PruningTrainer(Trainer):
     """`Trainer` with masks and a teacher; its arguments, callbacks, checkpoints and devices are Trainer's own.

@@ -7,14 +7,13 @@ whatever the method: none of the papers ranks whole blocks or dimensions after t
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers.utils.logging import tqdm
 
 from .budget import Ranking
@@ -28,7 +27,7 @@ from .narrowing import narrow_and_correct
 from .probes import real_rows
 from .report import GroupReport, Lines
 from .slicing import Plan
-from .stream import Stream, find_stream, narrow, shorten
+from .stream import Stream, find_stream, shorten, without_weights
 from .walk import BlockWalk
 
 LAYERS, HIDDEN = "layers", "hidden"
@@ -56,7 +55,7 @@ class Shape:
 
     def lines(self, groups: list[Group], ranking: Ranking, nats: float) -> Lines:
         """What a report says of the trunk and of `groups`, under the names that they had before."""
-        lines = [_line(name, ranking.error[name], count, nats) for name, count in self.sizes.items()]
+        lines = [trunk_line(name, ranking.error[name], count, nats) for name, count in self.sizes.items()]
         blocks = self.plan[LAYERS].tolist() if LAYERS in self.plan else sorted({group.block for group in groups})
         for group in groups:
             now = f"{blocks.index(group.block)}.{group.place}" if group.block in blocks else ""
@@ -154,7 +153,7 @@ def smallest(structures: Sequence[str], currency: Currency) -> Currency:
     width = int(weight(find_groups(currency.model)[0].consumer).shape[0])
     layers = [0] if LAYERS in structures else list(range(len(find_blocks(currency.model))))
     keep = torch.arange(min(currency.round_to, width) if HIDDEN in structures else width)
-    return replace(currency, model=_without_weights(currency.model, layers, keep))
+    return replace(currency, model=without_weights(currency.model, layers, keep))
 
 
 def cut(model: Any, plan: Plan, batches: Batches) -> None:
@@ -165,7 +164,8 @@ def cut(model: Any, plan: Plan, batches: Batches) -> None:
         narrow_and_correct(model, plan[HIDDEN], batches)
 
 
-def _line(name: str, curve: Tensor, kept: int, nats: float) -> GroupReport:
+def trunk_line(name: str, curve: Tensor, kept: int, nats: float) -> GroupReport:
+    """What a report says of "layers" or "hidden"; curve: the error for every number kept."""
     most = float(curve[1]) if name == LAYERS else float(curve[0])  # the first block cannot go
     return GroupReport(name, len(curve) - 1, kept, float(curve[kept]) / most, nats * float(curve[kept]))
 
@@ -219,7 +219,7 @@ def _shape(
     if kept:
         blocks = plan.get(LAYERS, torch.arange(len(find_blocks(currency.model)))).tolist()
         width = int(weight(find_groups(currency.model)[0].consumer).shape[0])
-        currency = replace(currency, model=_without_weights(currency.model, blocks, plan.get(HIDDEN, torch.arange(width))))
+        currency = replace(currency, model=without_weights(currency.model, blocks, plan.get(HIDDEN, torch.arange(width))))
         ranking = _renamed(
             ranking,
             {group.name: f"{blocks.index(group.block)}.{group.place}" for group in groups if group.block in blocks},
@@ -236,14 +236,3 @@ def _renamed(ranking: Ranking, names: Mapping[str, str]) -> Ranking:
     """Only the groups in `names`, under their new names, in everything that a method's ranking holds by group."""
     own = {field.name: getattr(ranking, field.name) for field in dataclasses.fields(ranking)}
     return replace(ranking, **{name: {names[old]: value[old] for old in names} for name, value in own.items()})
-
-
-def _without_weights(model: Any, blocks: list[int], keep: Tensor) -> Any:
-    """A copy on the meta device that has this trunk."""
-    tensors = [*model.parameters(), *model.buffers()]
-    memo: dict[int, Any] = {id(each): torch.empty_like(each, device="meta") for each in tensors}
-    memo |= {id(each): nn.Parameter(memo[id(each)], requires_grad=False) for each in model.parameters()}
-    small = copy.deepcopy(model, memo)
-    shorten(small, blocks)
-    narrow(small, keep)
-    return small

@@ -35,6 +35,7 @@ LAYERS = (
         "slicing",
         "stream",
         "narrowing",
+        "trunk_costs",
         "structure",
         "latency",
         "memory",

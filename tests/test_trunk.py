@@ -197,7 +197,7 @@ def test_an_error_half_way_puts_layers_and_widths_back(structure: str, monkeypat
         (lambda: STATConfig(structures=("heads", "heads")), "must name some of"),
         (lambda: FisherConfig(structures=("head",)), "must name some of"),
         (lambda: FisherConfig(structures=ALL, budget="latency"), "under a latency budget"),
-        (lambda: MovementConfig(structures=ALL), "a method that trains, which has no way to drop layers or hidden"),
+        (lambda: MovementConfig(structures=ALL), "movement pruning, which has no way to drop layers or hidden"),
         (lambda: SurgeonConfig(structures=ALL), "'layers' asked in 4 shots: whole layers go in one; set shots=1"),
         (
             lambda: SurgeonConfig(structure="elements", structures=("hidden",)),

@@ -23,12 +23,16 @@ from measure import forward_seconds, table
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from optimum_stat import FisherConfig, FisherPruner, Pruner, PruningConfig, STATConfig, STATPruner
+from optimum_stat.config import STRUCTURES
 from optimum_stat.data import make_batches
 
 RECIPES: dict[str, tuple[type[Pruner[Any]], Callable[..., PruningConfig]]] = {
     "stat": (STATPruner, STATConfig),
     "stat, gradient-free": (STATPruner, lambda **asked: STATConfig(metric="stream", **asked)),
     "stat, paper": (STATPruner, STATConfig.paper),
+    "stat, all structures": (STATPruner, lambda **asked: STATConfig(structures=STRUCTURES, **asked)),
+    "stat, hidden alone": (STATPruner, lambda **asked: STATConfig(structures=("hidden",), **asked)),
+    "stat, layers alone": (STATPruner, lambda **asked: STATConfig(structures=("layers",), **asked)),
     "fisher": (FisherPruner, FisherConfig),
     "fisher, search": (FisherPruner, lambda **asked: FisherConfig(rearrange=False, tune=False, **asked)),
     "fisher, + rearrangement": (FisherPruner, lambda **asked: FisherConfig(tune=False, **asked)),

@@ -45,6 +45,7 @@ class MovementConfig(TrainedConfig):
     def __post_init__(self) -> None:
         """Refuse values that no run could honour."""
         TrainedConfig.__post_init__(self)
+        self.refuse_trunk("movement pruning")
         if self.variant not in VARIANTS:
             raise ValueError(f"variant={self.variant!r} asked; it must be one of {', '.join(map(repr, VARIANTS))}.")
         if self.variant in ("hybrid", "block") and self.budget != "params":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, ClassVar, final
 
 import torch
@@ -16,7 +17,9 @@ from ..slicing import Plan
 from ..trained import TrainedPruner
 from ..trained_config import TrainedConfig
 from ..training_data import Example, examples
+from ..trunk_costs import TrunkCosts
 from .vib_gates import Gates
+from .vib_trunk import TrunkGates
 
 
 @dataclass(frozen=True)
@@ -73,9 +76,9 @@ class VIBPruner(TrainedPruner[VIBConfig]):
     grows, and they go, those with the largest `variance / mean^2` first, until the size asked for is reached exactly. The means
     of the gates that stay are folded into the consumer's weights. A unit is one key/value head with the query heads that read it.
 
-    Differences from the source: heads and neurons, no gates on whole layers and on the residual stream; one threshold for all
-    groups that meets the budget, instead of `variance < mean^2` near it; every structure weighs the same in the divergence
-    (there by constants for one model); distillation of the outputs, not of layers; in `masks_only`, no dropout.
+    Differences from the source: gates on layers and on the residual stream only if `structures` asks for them; one threshold for
+    all groups that meets the budget, instead of `variance < mean^2` near it; every structure weighs the same in the divergence
+    (there by constants for one model); in `masks_only`, no dropout.
     """
 
     method: ClassVar[str] = "vib"
@@ -98,8 +101,19 @@ class VIBPruner(TrainedPruner[VIBConfig]):
     def make_masks(self, groups: list[Group], batches: Batches) -> Gates:
         """Gates that are open, with little noise."""
         config = self.config
-        rate, size = config.mask_learning_rate, self.size(groups)
-        return Gates(groups, size, kl=config.kl_weight, warmup=config.warmup, learning_rate=rate, seed=config.seed)
+        trunk = None
+        if config.trunk:
+            costs = TrunkCosts.of(self.model, groups, config.budget, batches.seq_len)
+            trunk = partial(TrunkGates, self.model, config.trunk, costs, config.round_to)
+        return Gates(
+            groups,
+            self.size(groups),
+            kl=config.kl_weight,
+            warmup=config.warmup,
+            learning_rate=config.mask_learning_rate,
+            seed=config.seed,
+            trunk=trunk,
+        )
 
     def rows(self, batches: Batches) -> list[Example]:
         """The share of the examples that is asked for, at least one."""

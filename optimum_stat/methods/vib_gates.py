@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +14,9 @@ from ..probes import on_consumer_input
 from ..slicing import set_weight
 from ..training import Masks
 from ..training_sizes import Size
+
+if TYPE_CHECKING:
+    from .vib_trunk import TrunkGates
 
 EPSILON = 1e-8
 STEEPNESS = 1.0
@@ -45,8 +48,21 @@ class Gates(Masks):
     and b ascend. Evaluation takes the means of the units that fit into t, and zeros.
     """
 
-    def __init__(self, groups: Sequence[Group], size: Size, *, kl: float, warmup: float, learning_rate: float, seed: int):
-        """kl: weight of the divergence. warmup: share of the steps in which t falls, linearly, to `size.keep`."""
+    def __init__(
+        self,
+        groups: Sequence[Group],
+        size: Size,
+        *,
+        kl: float,
+        warmup: float,
+        learning_rate: float,
+        seed: int,
+        trunk: Callable[[torch.Generator], TrunkGates] | None = None,
+    ):
+        """kl: weight of the divergence. warmup: share of the steps in which t falls, linearly, to `size.keep`.
+
+        trunk: makes the gates of layers and dimensions, if there are to be some.
+        """
         nn.Module.__init__(self)
         self._groups, self._size, self._kl, self._warmup, self._learning_rate = list(groups), size, kl, warmup, learning_rate
         generator = torch.Generator().manual_seed(seed)
@@ -54,6 +70,7 @@ class Gates(Masks):
         self.means = nn.ParameterList(nn.Parameter(1 + own[0]) for own in drawn)
         self.log_variances = nn.ParameterList(nn.Parameter(START + own[1]) for own in drawn)
         self.multipliers = nn.Parameter(torch.tensor([0.0, STRENGTH]))
+        self.trunk = trunk(generator) if trunk else None
         self._at = {group.name: index for index, group in enumerate(groups)}
         self._target = 1.0
         self.step(0.0)
@@ -61,13 +78,14 @@ class Gates(Masks):
     @contextmanager
     def attached(self) -> Iterator[None]:
         """As hooks on the consumers."""
-        with on_consumer_input(self._groups, self._gate):
+        with on_consumer_input(self._groups, self._gate), self.trunk.attached() if self.trunk else nullcontext():
             yield
 
     def _gate(self, group: Group, z: Tensor) -> Tensor:
         mean = self.means[self._at[group.name]]
         if not self.training:
-            factor = torch.zeros_like(mean).index_put_((self.plan[group.name].to(mean.device),), mean[self.plan[group.name]])
+            kept = self.plan.get(group.name, torch.arange(0)).to(mean.device)  # of a layer that is out, none is
+            factor = torch.zeros_like(mean).index_put_((kept,), mean[kept])
             return z * factor.repeat_interleave(group.width).to(z.dtype)
         deviation = (0.5 * self.log_variances[self._at[group.name]]).exp()
         noise = torch.randn_like(z, dtype=mean.dtype)
@@ -78,11 +96,15 @@ class Gates(Masks):
     def step(self, progress: float) -> None:
         """The share to come down to, and the units that would stay."""
         self._target = 1 - (1 - self._size.keep) * (min(1.0, progress / self._warmup) if self._warmup else 1.0)
-        self.plan = self._size.best({group.name: self.scores(group) for group in self._groups}, self._target)
+        scores = {group.name: self.scores(group) for group in self._groups}
+        if self.trunk:
+            self.plan = self.trunk.best(self._groups, scores, self._size, self._target)
+        else:
+            self.plan = self._size.best(scores, self._target)
 
     def parameter_groups(self) -> list[dict[str, Any]]:
         """Gates, and the constraint's multipliers, at the same rate."""
-        return [{"params": [*self.means, *self.log_variances, self.multipliers], "lr": self._learning_rate}]
+        return [{"params": list(self.parameters()), "lr": self._learning_rate}]
 
     def penalty(self) -> Tensor:
         """Divergence and constraint, see the class."""
@@ -93,6 +115,8 @@ class Gates(Masks):
         found: dict[str, list[Tensor]] = {}
         for group, mean, log_variance in zip(self._groups, self.means, self.log_variances, strict=True):
             found.setdefault(group.structure, []).append(divergence(mean, log_variance))
+        for name, own in self.trunk.divergences().items() if self.trunk else ():
+            found[name] = [own]
         return torch.stack([torch.cat(own).mean() for own in found.values()]).sum()
 
     def constraint(self) -> Tensor:
@@ -103,9 +127,11 @@ class Gates(Masks):
 
     def expected_share(self) -> Tensor:
         """Of the dense model's cost, with every unit counted by `sigmoid(-log(variance / mean^2))`."""
+        counts = [torch.sigmoid(-STEEPNESS * log_noise(*own)).sum() for own in zip(self.means, self.log_variances, strict=True)]
+        if self.trunk:
+            return self.trunk.expected_share(dict(zip(self._at, counts, strict=True)), STEEPNESS)
         costs, total = self._size.unit_costs, self._size.limit(1.0)
         fixed = total - sum(own[-1] for own in self._size.costs.values())
-        counts = [torch.sigmoid(-STEEPNESS * log_noise(*own)).sum() for own in zip(self.means, self.log_variances, strict=True)]
         spent = torch.stack([costs[group.name] * count for group, count in zip(self._groups, counts, strict=True)]).sum()
         return (spent + fixed) / total
 
@@ -115,9 +141,15 @@ class Gates(Masks):
         own = [value.detach().double().cpu() for value in (self.means[at], self.log_variances[at])]
         return torch.sigmoid(-log_noise(*own))
 
+    def shared_scores(self) -> dict[str, Tensor]:
+        """Of dimensions and layers."""
+        return self.trunk.scores() if self.trunk else {}
+
     @torch.no_grad()
     def bake(self) -> None:
         """Write the means into the columns of the consumers."""
         for group, mean in zip(self._groups, self.means, strict=True):
             w = weight(group.consumer)
             set_weight(group.consumer, w * mean.repeat_interleave(group.width).to(w.device, w.dtype))
+        if self.trunk:
+            self.trunk.bake()
