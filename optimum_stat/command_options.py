@@ -173,12 +173,21 @@ def add_training_options(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument("--eval-split", metavar="SPLIT", help="the part of the dataset to evaluate on (default: none)")
     group.add_argument("--teacher", help="a model to distill from (default: the dense model itself)")
-    group.add_argument("--resume", action="store_true", help="go on from the last checkpoint in output_dir")
+
+
+def add_resume_option(parser: argparse.ArgumentParser) -> None:
+    """For runs that somebody may kill."""
+    parser.add_argument(
+        "--resume",
+        action="store_true",
+        help="write down what is finished, block by block, in OUTPUT.resume; the same command, killed, goes on from there; "
+        "methods that train go on from the last checkpoint in output_dir",
+    )
 
 
 def given_training(args: argparse.Namespace) -> list[str]:
     """The options that the user gave of `add_training_options`."""
-    names = ("training_args", "eval_split", "teacher", "resume")
+    names = ("training_args", "eval_split", "teacher")
     return ["--" + name.replace("_", "-") for name in names if getattr(args, name)]
 
 

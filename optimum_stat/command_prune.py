@@ -6,11 +6,12 @@ import argparse
 import dataclasses
 import json
 import os
+import shutil
 from pathlib import Path
 from typing import Any, final
 
 from . import command_data, command_options, command_training
-from .command_base import LOGGER, Command, Result, WrongArguments, check_model, device, loading
+from .command_base import LOGGER, MAIN, Command, Result, WrongArguments, check_model, device, loading
 
 
 @final
@@ -25,6 +26,7 @@ class PruneCommand(Command):
         parser.add_argument("-m", "--model", required=True, help="a model on the Hub, or a folder")
         command_options.add_config_options(parser)
         command_options.add_data_options(parser, "which part of the dataset (default: train)")
+        command_options.add_resume_option(parser)
         command_options.add_training_options(parser)
         command_options.add_model_options(parser)
         group = parser.add_argument_group("publishing")
@@ -37,7 +39,10 @@ class PruneCommand(Command):
     def work(self) -> Result:
         """Prune, save, push."""
         args = self.args
-        _check_output(args.output)
+        state = command_training.state_folder(args.output)
+        written = args.resume and state.exists() and (args.output / "stat_recipe.json").is_file()  # killed right after that
+        if not written:
+            _check_output(args.output)
         check_model(args.model)
         command_data.check(args.dataset)
         repo_id = _repo_id(args)
@@ -45,8 +50,12 @@ class PruneCommand(Command):
         training = command_training.arguments(args, method)
         pruner, data = _pruner_and_data(args, method, config)
         pruner.prune(**data, **training)
-        pruner.save_pretrained(args.output)
+        if not written:
+            _clear_leftovers(args)
+            pruner.save_pretrained(args.output)
         url = pruner.push_to_hub(repo_id, private=args.private or None) if repo_id else None
+        if args.resume and MAIN:
+            shutil.rmtree(state, ignore_errors=True)
         name = type(pruner.model).__name__
         load = f'import optimum_stat; from transformers import {name}; model = {name}.from_pretrained("{args.output}")'
         lines = [str(pruner.report), f"saved in {args.output}", *([f"pushed: {url}"] if url else []), "", load]
@@ -128,6 +137,13 @@ def _check_output(folder: Path) -> None:
     above = next(parent for parent in folder.absolute().parents if parent.exists())
     if not above.is_dir() or not os.access(above, os.W_OK):
         raise PermissionError(f"{folder} cannot be made: {above} is not a folder that can be written to.")
+
+
+def _clear_leftovers(args: Any) -> None:
+    """Half-written folders that a killed run of this command left beside OUTPUT."""
+    if args.resume and MAIN:
+        for folder in args.output.parent.glob(f".{args.output.name}-????????"):
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def _repo_id(args: Any) -> str | None:

@@ -23,9 +23,9 @@ from torch import nn
 from transformers.utils.logging import tqdm
 
 from .budget import options
+from .calls import Call
 from .families import Group, find_blocks, find_groups, groups_of_block, sliding_window
 from .timing import SECONDS, Setting, Workload, median_time, steady_ratio
-from .walk import Call
 
 logger = logging.getLogger(__name__)
 SIZES = 32  # of a group that are tried

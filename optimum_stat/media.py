@@ -16,13 +16,13 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers.utils.logging import tqdm
 
 from .blocks import is_encoder_decoder, modalities
+from .calls import stack_tokens
 from .config import PruningConfig
 from .data import Batches, enough, lengths, pad_id_of
 from .labels import Labels, find_labels, predicts_next, why_none
 from .probes import device_of, quiet
 from .recordings import is_image, is_sound, pixels, waveform
 from .rows import collection
-from .walk import stack_tokens
 
 TARGETS = ("target", "targets", "summary", "highlights", "answer", "output", "translation")
 TEXTS = ("text", "sentence", "caption", "transcription", "transcript", "document", "article", "source", "input", "question")

@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 from .data import Batches
 from .families import Group, task_of
 from .labels import predicts_next
+from .offload import execution_device
 
 Visit = Callable[[Group, Tensor], Tensor | None]
 
@@ -147,5 +148,6 @@ def real_rows(rows: Tensor, mask: Tensor | None) -> Tensor:
 
 
 def device_of(model: nn.Module) -> torch.device:
-    """Where the model's inputs belong: the device of its first real parameter."""
-    return next((p.device for p in model.parameters() if p.device.type != "meta"), torch.device("cpu"))
+    """Where the model's inputs belong: the device of its first real parameter; of one that is offloaded whole, where it runs."""
+    real = next((p.device for p in model.parameters() if p.device.type != "meta"), None)
+    return real or execution_device(model) or torch.device("cpu")

@@ -80,6 +80,13 @@ class Processes:
             raise self._lost(error) from error
         return box[0]
 
+    def everybodys(self, value: int) -> list[int]:
+        """What each process has for `value`."""
+        every = torch.zeros(self.count, dtype=torch.int64)
+        every[self.index] = value
+        self.add_up(every)
+        return every.tolist()
+
     def wait(self) -> None:
         """Until all have come so far."""
         self.tell(None)

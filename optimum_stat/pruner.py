@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import copy
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar, Generic, TypeVar, final
 
@@ -14,27 +12,27 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from . import checkpoint, trunk
-from .blocks import reads_tokens_alone
+from . import calibration, checkpoint, trunk
 from .budget import Cost, Ranking, allocate
 from .card import Paper
 from .config import PruningConfig
 from .currency import Currency
-from .data import Batches, make_batches
+from .data import Batches
 from .distillation import distill, teacher_of
-from .families import Group, check_finite, find_groups, is_causal, task_of
+from .families import Group, check_finite, find_groups
+from .journal import Journal
 from .knapsack import allocate_exactly
-from .media import make_media_batches
 from .probes import device_of, quiet
-from .processes import Processes
 from .report import Forecast, Lines, PruningReport, Stage, TimedStage, make_report, stage_timer
 from .slicing import Plan, restored_on_error, slice_model
 from .structure import write_record
+from .survey import survey
 from .sweep import SHARES, descending, family, forecasts
 
 C = TypeVar("C", bound=PruningConfig)
 P = TypeVar("P", bound="Pruner[Any]")
 Columns = Sequence[str] | None
+Folder = str | Path | None
 
 
 class Pruner(ABC, Generic[C]):
@@ -56,6 +54,11 @@ class Pruner(ABC, Generic[C]):
     def labels(self) -> str:
         """What the method does with labels: "none", "auto" (it uses those that the data has), or "data" (it needs them)."""
         return "none"
+
+    @property
+    def resumable(self) -> bool:
+        """Whether all that happens to the weights can be written down, block by block."""
+        return not self.config.trunk or len(self.schedule()) == 1
 
     @property
     def counts(self) -> str:
@@ -83,6 +86,7 @@ class Pruner(ABC, Generic[C]):
         self.metrics: list[dict[str, Any]] = []
         self._report: PruningReport | None = None
         self._currency: Currency | None = None
+        self.journal = Journal()
         self.stages: dict[str, Stage] = {}
         self._dense: nn.Module | None = None
         self._guard = restored_on_error if caller_holds_model else self._lost_on_error
@@ -106,17 +110,28 @@ class Pruner(ABC, Generic[C]):
         model, tokenizer, source = checkpoint.load(model_or_path, tokenizer=tokenizer, task=task, **kwargs)
         return cls(model, config or cls.config_class(), tokenizer, source, caller_holds_model=model is model_or_path)
 
-    def prune(self, dataset: Any, *, text_columns: Columns = None, label_column: str | None = None) -> PreTrainedModel:
+    def prune(
+        self,
+        dataset: Any,
+        *,
+        text_columns: Columns = None,
+        label_column: str | None = None,
+        resume_from_checkpoint: Folder = None,
+    ) -> PreTrainedModel:
         """Prune the model in place and return it.
 
         dataset: a `datasets.Dataset` (raw text or tokenized), a list of strings, pairs or dicts, or ready batches.
         text_columns, label_column: where its texts and labels stand, if not under one of the usual names.
+        resume_from_checkpoint: a folder to write down what is finished, block by block; the same run, killed, goes on from
+        there and ends in the same model. The folder stays: delete it when the model is saved.
         If anything goes wrong, a model that was handed in live is as it was before, bit for bit.
         """
         batches = self._start(self.config.keep, dataset, text_columns, label_column)
         schedule, lines = self.schedule(), []
+        self.journal = calibration.open_journal(self, resume_from_checkpoint, batches)
         with self.at_work(), self._guard(self.model):
             for shot, keep in enumerate(schedule, start=1):
+                self.journal.chapter = f"{shot} "
                 lines.append(self.shoot(keep, batches, self.timer(shot if len(schedule) > 1 else None)))
             self.finish(lines, batches)
         return self.model
@@ -165,8 +180,7 @@ class Pruner(ABC, Generic[C]):
     def survey(self, groups: list[Group], batches: Batches, stage: TimedStage) -> Ranking:
         """What every group loses at every size; changes nothing."""
         with stage("measure"):
-            ranking = self.rank(groups, self.measure(groups, batches) if groups else ())
-            return trunk.join(ranking, self.model, self.config, batches, self.nats(batches))
+            return trunk.join(survey(self, groups, batches), self.model, self.config, batches, self.nats(batches))
 
     @final
     def cut(self, groups: list[Group], ranking: Ranking, keep: float, batches: Batches, stage: TimedStage) -> Lines:
@@ -236,7 +250,7 @@ class Pruner(ABC, Generic[C]):
         """Read the data, fix what is counted, and refuse what cannot be done; the model is not touched."""
         model = self.model
         check_finite(model)
-        batches = replace(self._read(dataset, text_columns, label_column), processes=Processes.launched())
+        batches = self._read(dataset, text_columns, label_column)
         self.stages.clear()
         self._currency = Currency.of(model, self.config, batches, self.cost(batches), self.timer())
         self.check(keep, batches)
@@ -244,26 +258,11 @@ class Pruner(ABC, Generic[C]):
         return batches
 
     def _read(self, dataset: Any, text_columns: Columns, label_column: str | None, needs: str = "") -> Batches:
-        model, use = self.model, needs or self.labels
-        if use == "none" and label_column is not None:
-            raise ValueError(f"label_column={label_column!r} asked, but {self.method} with this config reads no labels.")
-        asked: dict[str, Any] = {"labels_for": None if use == "none" else model, "labels_needed": use == "data"}
-        asked |= {"text_columns": text_columns, "label_column": label_column}
-        if not reads_tokens_alone(model):
-            return make_media_batches(dataset, model, self.config, processor=self.tokenizer, **asked)
-        causal = is_causal(model) and task_of(model) in ("text-generation", "feature-extraction")
-        return make_batches(dataset, model.config, self.config, causal=causal, tokenizer=self.tokenizer, **asked)
+        return calibration.read(self, dataset, text_columns, label_column, needs or self.labels)
 
     def cost(self, batches: Batches) -> Cost:
         """The size of the model as it is now."""
         return Cost.of(self.model, batches.seq_len)
-
-    def copied(self: P, keep: float) -> P:
-        """The same work, in the state it is in, on a copy of the model."""
-        model, config = copy.deepcopy(self.model), replace(self.config, keep=keep)
-        other = type(self)(model, config, self.tokenizer, self.source, caller_holds_model=False)
-        other._currency, other.stages, other._dense = replace(self.currency, model=model), dict(self.stages), self._dense
-        return other
 
     def finish(self, lines: Sequence[Lines], batches: Batches) -> None:
         """Let the dense model teach the pruned one, if asked to; write its record, and the report of the shots that made it."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -42,7 +43,7 @@ def family(pruner: P, shares: list[float], batches: Batches) -> Iterator[P]:
     with pruner.at_work():
         ranking = pruner.survey(find_groups(pruner.model, pruner.config.structures), batches, pruner.timer())
     for share in shares:
-        small = pruner.copied(share)
+        small = _copied(pruner, share)
         with small.at_work():
             lines = small.cut(find_groups(small.model, small.config.structures), ranking, share, batches, small.timer())
             small.finish([lines], batches)
@@ -51,14 +52,23 @@ def family(pruner: P, shares: list[float], batches: Batches) -> Iterator[P]:
 
 def _nested(pruner: P, shares: list[float], batches: Batches) -> Iterator[P]:
     """Shot after shot on one copy of the model, copied again at every share that was asked for."""
-    working, lines = pruner.copied(shares[-1]), []
+    working, lines = _copied(pruner, shares[-1]), []
     for shot, share in enumerate(sorted({*shares, *working.schedule()}, reverse=True), start=1):
         with working.at_work():
             lines.append(working.shoot(share, batches, working.timer(shot)))
         if share in shares:
-            small = working.copied(share)
+            small = _copied(working, share)
             small.finish(lines, batches)
             yield small
+
+
+def _copied(pruner: P, keep: float) -> P:
+    """The same work, in the state it is in, on a copy of the model."""
+    model, config = copy.deepcopy(pruner.model), dataclasses.replace(pruner.config, keep=keep)
+    other = type(pruner)(model, config, pruner.tokenizer, pruner.source, caller_holds_model=False)
+    other._currency = dataclasses.replace(pruner.currency, model=model)
+    other.stages, other._dense = dict(pruner.stages), pruner._dense
+    return other
 
 
 def forecasts(pruner: Pruner[Any], shares: list[float], batches: Batches) -> tuple[Forecast, ...]:

@@ -19,10 +19,10 @@ from torch import nn
 from transformers import Cache
 
 from .blocks import reads_tokens_alone
+from .calls import Call, record_calls, replaced_forward
 from .families import Group, find_blocks, groups_of_block
 from .probes import device_of
 from .slicing import slice_group
-from .walk import Call, record_calls, replaced_forward
 
 PAIRS = (8, 100)  # timings of one thing beside another: at least, at most
 SECONDS = 0.3  # for one of them, if so many timings fit into it

@@ -47,7 +47,7 @@ class _Run:
     evaluation: Batches | None
     teacher: Any
     """A model, or None where none is needed."""
-    resume: str | bool | None
+    resume: str | Path | bool | None
     trainable: Sequence[str]
     """Names of the parameters that wanted gradients."""
 
@@ -84,7 +84,7 @@ class TrainedPruner(Pruner[T]):
         text_columns: Sequence[str] | None = None,
         label_column: str | None = None,
         teacher: str | PreTrainedModel | None = None,
-        resume_from_checkpoint: str | bool | None = None,
+        resume_from_checkpoint: str | Path | bool | None = None,
     ) -> PreTrainedModel:
         """Train and prune the model in place and return it.
 
@@ -215,11 +215,11 @@ class TrainedPruner(Pruner[T]):
         with trainable(self.model, self._run.trainable):
             self._train(args, rows, None, last)
 
-    def _train(self, args: TrainingArguments, rows: list[Example], masks: Masks | None, resume: str | bool | None) -> None:
+    def _train(self, args: TrainingArguments, rows: list[Example], masks: Masks | None, resume: str | Path | bool | None) -> None:
         trainer, own = self._trainer(args, rows, masks), self.model.__dict__
         forward = own.get("forward")
         try:
-            trainer.train(resume_from_checkpoint=resume)
+            trainer.train(resume_from_checkpoint=str(resume) if isinstance(resume, Path) else resume)
         finally:  # mixed precision puts a forward of its own into the model
             for name, before in (("forward", forward), ("_original_forward", None)):
                 own.pop(name, None)

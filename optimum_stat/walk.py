@@ -7,48 +7,23 @@ of the model, and no more than one block's statistics need to exist at a time.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass
-from functools import partial
-from typing import Any
+from contextlib import suppress
 
 import torch
 from torch import Tensor, nn
 from transformers.utils.logging import tqdm
 
+from . import block_state
+from .activations import Activations
 from .blocks import TOKENS, find_stacks
+from .calls import Call, Returned, Stop, hidden_of, record_calls, without_hidden
 from .data import Batches
 from .families import Group, applications_of, find_blocks
+from .journal import Journal
+from .offload import brought_in
 from .probes import Visit, device_of, on_consumer_input, real_rows
 
 CHUNK = 2048
-Call = tuple[tuple[Any, ...], dict[str, Any]]
-
-
-class _Stop(Exception):
-    """Ends a forward pass that has shown what was wanted."""
-
-
-@dataclass(frozen=True)
-class Returned:
-    """What a block returns."""
-
-    rest: tuple[Any, ...] | None
-    """Beside its hidden states; None: it returns these alone, not a tuple."""
-
-    @classmethod
-    def of(cls, output: Any) -> Returned:
-        """The same with other hidden states is `with_hidden`."""
-        return cls(output[1:] if isinstance(output, tuple) else None)
-
-    def with_hidden(self, hidden: Tensor) -> Any:
-        """What a block that makes `hidden` returns."""
-        return hidden if self.rest is None else (hidden, *self.rest)
-
-    @property
-    def for_all(self) -> bool:
-        """Whether it is the same for all inputs: no tensor stands beside the hidden states."""
-        return not any(isinstance(each, Tensor) for each in self.rest or ())
 
 
 class BlockWalk:
@@ -58,16 +33,17 @@ class BlockWalk:
     next: what the encoder returns is what its blocks have become by then. Call it inside `probes.quiet(model)`.
     """
 
-    def __init__(self, model: nn.Module, batches: Batches):
+    def __init__(self, model: nn.Module, batches: Batches, journal: Journal | None = None):
+        self._journal = journal or Journal()
         self.blocks, self.processes = find_blocks(model), batches.processes
         self.masks: list[Tensor | None] = []
         """Of the stack at hand, which tokens of each batch are real; None: all are."""
-        self.hidden: list[Tensor] = []
+        self.hidden = Activations([])
         self._model, self._stacks = model, find_stacks(model)
         self._starts = [sum(len(stack.blocks) for stack in self._stacks[:i]) for i in range(len(self._stacks))]
         self._applications = applications_of(model)
         self._calls: list[list[list[Call]]] = []
-        self._finished: list[tuple[Returned, list[Tensor]]] = []  # stack after stack, what its last block returned
+        self._finished: list[tuple[Returned, Activations]] = []  # stack after stack, what its last block returned
         self._returned: Returned | None = None
         self._batches = self._own(batches)
         self._enter(0)
@@ -82,9 +58,9 @@ class BlockWalk:
             known: Returned | None = self._returned if self._returned is not None and self._returned.for_all else None
             calls, self._returned = record_calls(self._model, inputs, position, finished, known)
             self.masks.append(inputs.get(self._stacks[position].mask))
-            hidden.append(_hidden(calls[0][0]))
-            self._calls.append([[_without_hidden(call) for call in own] for own in calls])
-        self.hidden = hidden
+            hidden.append(hidden_of(calls[0][0]))
+            self._calls.append([[without_hidden(call) for call in own] for own in calls])
+        self.hidden = Activations(hidden)
 
     def _own(self, batches: Batches) -> list[dict[str, Tensor]]:
         """This process's share, in whole chunks: what is summed in single precision is then the same for any number of them."""
@@ -108,6 +84,8 @@ class BlockWalk:
         of short batches together, about CHUNK tokens at a time: many rows cost hardly more than few. A block that runs more
         than once shows the tokens of all its runs, one run of a batch after the other.
         """
+        if not groups:
+            return self.advance(index) if advance else None
         self._stand_before(index)
         waiting: list[list[Tensor]] = []
         for batch in range(len(self.masks)):
@@ -116,6 +94,7 @@ class BlockWalk:
                 for group, *parts in zip(groups, *waiting, strict=True):
                     visit(group, torch.cat(parts))
                 waiting.clear()
+        return None
 
     @torch.no_grad()
     def advance(self, index: int) -> None:
@@ -141,9 +120,9 @@ class BlockWalk:
             seen[group].append(rows if rows.dtype == torch.float64 else rows.float())
             missing -= 1
             if not advance and not missing:
-                raise _Stop
+                raise Stop
 
-        with on_consumer_input(groups, see), suppress(_Stop):
+        with on_consumer_input(groups, see), suppress(Stop):
             output = self._forward(index, batch)
             if advance:
                 self.hidden[batch] = output
@@ -156,9 +135,41 @@ class BlockWalk:
             hidden = output if isinstance(output, Tensor) else output[0]
         return hidden
 
-    def steps(self, what: str) -> Iterator[int]:
-        """The blocks' indices, under a progress bar."""
-        return iter(tqdm(range(len(self.blocks)), desc=what, unit="block"))
+    def steps(self, what: str, *beside: BlockWalk) -> Iterator[int]:
+        """The blocks that are still to do, under a progress bar; each is in memory while it is its turn.
+
+        A journal gets what has become of a block when the next one is asked for, and the walk goes on behind the last that it
+        has. `beside`: other walks over the same blocks, which keep pace.
+        """
+        first = self._resumed(what, (self, *beside))
+        for index in tqdm(range(first, len(self.blocks)), desc=what, unit="block", initial=first, total=len(self.blocks)):
+            block = self.blocks[index]
+            with brought_in(block):
+                before = dict(block.named_parameters())
+                yield index
+                now = dict(block.named_parameters())
+                if any(now[name] is not value for name, value in before.items()):
+                    note, replaced = block_state.sizes(self._model, index, block), self._journal.last(f" weights {index}")
+                    self._journal.keep(f"{what} weights {index}", now, note=note, replaces=replaced, complete=False)
+            is_last = index + 1 == len(self.blocks)
+            every = {f"{i} {j}": each for i, walk in enumerate((self, *beside)) for j, each in enumerate(walk.hidden)}
+            earlier = self._journal.full(f"{what} behind {index - 1}") if index else None
+            self._journal.keep(f"{what} behind {index}", {} if is_last else every, replaces=earlier)
+
+    def _resumed(self, what: str, walks: Sequence[BlockWalk]) -> int:
+        """Put everything into the state behind the last block that is done; returns the next one."""
+        count = next((i for i in range(len(self.blocks)) if f"{what} behind {i}" not in self._journal), len(self.blocks))
+        for index in range(count):
+            weights = self._journal.recall(f"{what} weights {index}")
+            if weights is not None:
+                with brought_in(self.blocks[index]):
+                    sizes = self._journal.note(f"{what} weights {index}")
+                    block_state.restore(self._model, index, self.blocks[index], sizes, weights)
+        if 0 < count < len(self.blocks):
+            for key, value in (self._journal.recall(f"{what} behind {count - 1}") or {}).items():
+                walk, batch = map(int, key.split())
+                walks[walk].hidden[batch] = value.to(device_of(self._model))
+        return count
 
     def inverse_energy(self) -> float:
         """Mean of 1 / ||x||^2 over all real tokens, x the current hidden states: what a squared error is worth after a norm.
@@ -175,90 +186,3 @@ class BlockWalk:
             ).cpu()
         self.processes.add_up(sums)
         return float(sums[0] / sums[1])
-
-
-def record_calls(
-    model: nn.Module,
-    inputs: dict[str, Tensor],
-    position: int = 0,
-    finished: Sequence[Any] = (),
-    returned: Returned | None = None,
-) -> tuple[list[list[Call]], Returned]:
-    """How the model calls each block of one stack on this batch, and what its blocks return.
-
-    The stacks before it are not run, but return what they have `finished` with. Of the stack itself only the first block is
-    run, to see what it returns, and not even that if `returned` is known.
-
-    Raises:
-        ValueError: the model does something to what one block returns before the next reads it, or runs blocks in turn.
-    """
-    applications, stacks = applications_of(model), find_stacks(model)
-    blocks = stacks[position].blocks
-    order = [index for index in range(len(blocks)) for _ in range(applications)]
-    calls: list[list[Call]] = [[] for _ in blocks]
-
-    def record(index: int, forward: Any, *args: Any, **kwargs: Any) -> Any:
-        nonlocal returned
-        hidden, done = _hidden((args, kwargs)), sum(map(len, calls))
-        if index != order[done] or (done and not _same(hidden, _hidden(calls[0][0]))):
-            raise ValueError(f"Block {index} of {type(model).__name__} does not read what the block before it returns.")
-        calls[index].append((args, kwargs))
-        if returned is None:
-            returned = Returned.of(forward(*args, **kwargs))
-        if done + 1 == len(order):
-            raise _Stop
-        return returned.with_hidden(hidden)
-
-    with torch.no_grad(), ExitStack() as stack:
-        for before, output in zip(stacks, finished, strict=False):
-            for block in before.blocks:
-                stack.enter_context(replaced_forward(block, partial(_give, output)))
-        for index, block in enumerate(blocks):
-            stack.enter_context(replaced_forward(block, partial(record, index, block.forward)))
-        with suppress(_Stop):
-            model(**inputs)
-    assert returned is not None
-    return calls, returned
-
-
-def stack_tokens(model: nn.Module, inputs: dict[str, Tensor]) -> list[int]:
-    """How many real tokens each stack has of this batch; where no input says which are real, all places count."""
-    counts: list[int] = []
-    for position, stack in enumerate(find_stacks(model)):
-        mask = inputs.get(stack.mask)
-        hidden = mask if mask is not None else _hidden(record_calls(model, inputs, position)[0][0][0])[..., 0]
-        counts.append(int(hidden.sum()) if mask is not None else hidden.numel())
-    return counts
-
-
-def _give(output: Any, *args: Any, **kwargs: Any) -> Any:
-    return output
-
-
-def _same(one: Tensor, other: Tensor) -> bool:
-    return one is other or torch.allclose(one, other.to(one.device), rtol=0, atol=0, equal_nan=True)
-
-
-@contextmanager
-def replaced_forward(module: nn.Module, forward: Any) -> Iterator[None]:
-    """Let `module` do something else meanwhile."""
-    before = module.__dict__.get("forward")  # accelerate keeps its own forward there
-    module.forward = forward
-    try:
-        yield
-    finally:
-        del module.forward
-        if before is not None:
-            module.forward = before
-
-
-def _hidden(call: Call) -> Tensor:
-    args, kwargs = call
-    hidden = args[0] if args else kwargs["hidden_states"]
-    assert isinstance(hidden, Tensor)
-    return hidden
-
-
-def _without_hidden(call: Call) -> Call:
-    args, kwargs = call
-    return args[1:], {name: value for name, value in kwargs.items() if name != "hidden_states"}

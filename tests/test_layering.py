@@ -17,8 +17,8 @@ from optimum_stat.family_table import FAMILIES
 
 PACKAGE = Path(optimum_stat.__file__).parent
 LAYERS = (
-    {"linalg", "family_table", "config", "autoload", "processes"},
-    {"anatomy"},
+    {"linalg", "family_table", "config", "autoload", "processes", "offload", "activations"},
+    {"anatomy", "journal"},
     {"blocks", "group"},
     {"families"},
     {"teacher_losses", "labels", "trained_config"},
@@ -42,6 +42,8 @@ LAYERS = (
         "timing",
         "speed",
         "currency",
+        "block_state",
+        "calls",
         "correction",
         "device_speed",
         "distillation",
@@ -50,7 +52,7 @@ LAYERS = (
         "training_data",
         "training_sizes",
     },
-    {"card", "plots", "recipe", "report", "remote_code", "checkpoint", "sweep", "trunk"},
+    {"card", "plots", "recipe", "report", "remote_code", "calibration", "checkpoint", "survey", "sweep", "trunk"},
     {"pruner"},
     {"trained"},
     {"methods"},

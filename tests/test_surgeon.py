@@ -89,7 +89,7 @@ def test_factors_do_not_depend_on_how_many_blocks_fit_into_memory(monkeypatch: p
     passes, found = [], []
     original = surgeon_curvature.measure_factors
     for free in (None, 2**40):  # unknown: one block at a time
-        monkeypatch.setattr(surgeon_curvature, "_free_bytes", lambda device, free=free: free)
+        monkeypatch.setattr(surgeon_curvature, "free_bytes", lambda device, free=free: free)
         monkeypatch.setattr(surgeon_curvature, "measure_factors", lambda *args: (passes.append(args[1]), original(*args))[1])
         with quiet(model):
             found.append(dict(factors_by_block(model, linears, data_for(model), labels, 0)))
@@ -242,18 +242,18 @@ def test_every_shot_measures_the_model_as_it_is_and_meets_its_share(monkeypatch:
     model = tiny("llama")
     total, seen, units = model_cost(model, "params", 20), [], []
     pruner = SurgeonPruner.from_pretrained(model, config)
-    rank = SurgeonPruner.rank
+    survey = SurgeonPruner.survey
 
-    def watch(self: Any, groups: list[Group], stats: Any) -> Any:
+    def watch(self: Any, groups: list[Group], *arguments: Any) -> Any:
         seen.append(model_cost(model, "params", 20) / total)
         units.append([group.units for group in groups])
         assert all(
             len(factors[group.consumer].inputs) == group.units * group.width + 1 for group, factors in self.measure(groups, data)
         )
-        return rank(self, groups, stats)
+        return survey(self, groups, *arguments)
 
     data = Batches(tuple(many(200)), 200, 10, 20, "", "test")
-    monkeypatch.setattr(SurgeonPruner, "rank", watch)
+    monkeypatch.setattr(SurgeonPruner, "survey", watch)
     pruner.prune(many())
     assert seen[0] == 1
     assert all(share <= wanted for share, wanted in zip(seen[1:], pruner.schedule(), strict=False))
@@ -308,7 +308,7 @@ def test_a_gradient_that_is_not_finite_names_its_layer() -> None:
 
 
 def test_layers_too_large_for_the_memory_say_what_would_fit(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(surgeon_curvature, "_free_bytes", lambda device: 10_000)
+    monkeypatch.setattr(surgeon_curvature, "free_bytes", lambda device: 10_000)
     with pytest.raises(ValueError, match=r"curvature of block 0 alone takes .* about \d+ channels would fit"):
         SurgeonPruner.from_pretrained(tiny("llama"), SurgeonConfig(keep=0.6)).prune(many())
 

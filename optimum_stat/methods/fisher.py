@@ -172,7 +172,7 @@ class FisherPruner(Pruner[FisherConfig]):
         """Scale the columns of the consumers' weights that stay."""
         if self.config.tune and any(len(plan[group.name]) < group.units for group in groups):
             metric = None if self.config.published else self._metric
-            fisher_tuning.Tuning(self.model, groups, batches, metric).run(plan, self._teacher)
+            fisher_tuning.Tuning(self.model, groups, batches, metric, self.journal).run(plan, self._teacher)
 
 
 def estimated_shrinkage(gradients: Tensor) -> float:

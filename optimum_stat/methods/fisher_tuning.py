@@ -12,8 +12,10 @@ from torch import Tensor, nn
 
 from ..data import Batches
 from ..families import Group, is_causal, task_of, weight
+from ..journal import Journal
 from ..linalg import add_to_gram, damped, solve_psd, symmetrize
-from ..probes import on_consumer_input
+from ..offload import brought_in
+from ..probes import device_of, on_consumer_input
 from ..processes import Processes
 from ..slicing import Plan, consumer_columns, set_weight
 from ..walk import BlockWalk
@@ -44,18 +46,24 @@ class Tuning:
     Source: 2204.09656 and the released code.
     """
 
-    def __init__(self, model: nn.Module, groups: list[Group], batches: Batches, metric: Mapping[str, Tensor] | None):
+    def __init__(
+        self, model: nn.Module, groups: list[Group], batches: Batches, metric: Mapping[str, Tensor] | None, journal: Journal
+    ):
+        self.journal, self.device = journal, device_of(model)
         self.groups, self.metric, self.published = groups, metric, metric is None
-        self.student, self.teacher = BlockWalk(model, batches), BlockWalk(model, batches)
+        self.student, self.teacher = BlockWalk(model, batches, journal), BlockWalk(model, batches)
         classifier = task_of(model) == "text-classification" and not is_causal(model)
         self.first_token_only = groups[-1].name if self.published and classifier else None
 
     @torch.no_grad()
     def run(self, plan: Plan, teacher: Plan) -> None:
         """Multiply the columns of every consumer's weight by the factors of its units; those that go are left to the slicer."""
-        masks = {group.name: _mask(group, plan[group.name]) for group in self.groups}
-        targets = {group.name: _mask(group, teacher[group.name]) for group in self.groups}
-        for index in self.student.steps("Tuning"):
+        masks = {group.name: _mask(group, plan[group.name], self.device) for group in self.groups}
+        targets = {group.name: _mask(group, teacher[group.name], self.device) for group in self.groups}
+        for index in range(len(self.student.blocks)):
+            for name, mask in (self.journal.recall(f"factors {index}") or {}).items():
+                masks[name].copy_(mask)
+        for index in self.student.steps("Tuning", self.teacher):
             own = [group for group in self.groups if group.block == index]
             wanted = self._targets(index, own, targets)
             with _gated(own, masks):
@@ -70,6 +78,8 @@ class Tuning:
                     masks[group.name][columns] = factors.float().repeat_interleave(group.width)
                 if index + 1 < len(self.student.blocks):
                     self.student.advance(index)
+            found = {group.name: masks[group.name] for group in own}
+            self.journal.keep(f"factors {index}", found, complete=False)
         return self._fold(masks)
 
     def _targets(self, index: int, own: list[Group], masks: dict[str, Tensor]) -> dict[str, list[Tensor]]:
@@ -132,9 +142,12 @@ class Tuning:
         return torch.cat(every) if every else torch.empty(0, dtype=torch.bool)
 
     def _fold(self, masks: dict[str, Tensor]) -> None:
-        for group in self.groups:
-            full = weight(group.consumer)
-            set_weight(group.consumer, (full * masks[group.name]).to(full.dtype))
+        for index, block in enumerate(self.student.blocks):
+            with brought_in(block):
+                for group in self.groups:
+                    if group.block == index:
+                        full = weight(group.consumer)
+                        set_weight(group.consumer, (full * masks[group.name]).to(full.dtype))
 
 
 @dataclass
@@ -204,8 +217,8 @@ def _stream(group: Group) -> Group:
     return replace(group, consumer=group.stream)
 
 
-def _mask(group: Group, keep: Tensor) -> Tensor:
-    mask = torch.zeros(group.units * group.width, device=weight(group.consumer).device)
+def _mask(group: Group, keep: Tensor, device: torch.device) -> Tensor:
+    mask = torch.zeros(group.units * group.width, device=device)
     return mask.index_fill_(0, consumer_columns(group, keep).to(mask.device), 1.0)
 
 

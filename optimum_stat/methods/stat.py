@@ -16,7 +16,7 @@ from ..config import PruningConfig
 from ..correction import corrected_consumer
 from ..currency import Currency
 from ..data import Batches
-from ..families import Group, weight
+from ..families import Group, find_blocks, weight
 from ..gradients import output_fisher
 from ..linalg import add_to_gram, backward_elimination, symmetrize
 from ..probes import num_predictions
@@ -106,10 +106,8 @@ class STATPruner(Pruner[STATConfig]):
 
     def measure(self, groups: list[Group], batches: Batches) -> Iterator[tuple[Group, Moments]]:
         """Gram matrices of every consumer's input, block by block in one forward pass."""
-        fisher = {}
-        if self.config.metric == "fisher":
-            fisher = output_fisher(self.model, groups, batches, self.config.seed)
-        walk = BlockWalk(self.model, batches)
+        fisher = self._fisher(groups, batches) if self.config.metric == "fisher" else {}
+        walk = BlockWalk(self.model, batches, self.journal)
         for index in walk.steps("Measuring"):
             own = [group for group in groups if group.block == index]
             grams = _grams(walk, index, own, advance=True)
@@ -122,10 +120,18 @@ class STATPruner(Pruner[STATConfig]):
                     raise ValueError(f"{what} is NaN or infinite; nothing can be decided from it. {OVERFLOW}")
                 yield group, Moments(grams.pop(group.name), metric)
 
+    def _fisher(self, groups: list[Group], batches: Batches) -> dict[str, Tensor]:
+        """What an error in each channel of the consumers' outputs is worth."""
+        found = self.journal.recall("gradients")
+        if found is None:
+            found = output_fisher(self.model, groups, batches, self.config.seed)
+            self.journal.keep("gradients", found)
+        return found
+
     def rank(self, groups: list[Group], stats: Iterable[tuple[Group, Moments]]) -> Ranking:
         """Backward elimination per group (published: pivoted QR)."""
         if self.config.published:
-            return stat_published.rank(stats, num_blocks=1 + max(group.block for group in groups))
+            return stat_published.rank(stats, num_blocks=len(find_blocks(self.model)))
         order: dict[str, Tensor] = {}
         error: dict[str, Tensor] = {}
         for group, moments in stats:
@@ -156,8 +162,8 @@ class STATPruner(Pruner[STATConfig]):
     @torch.no_grad()
     def _correct(self, groups: list[Group], plan: Plan, batches: Batches, before_pruning: bool = False) -> None:
         """One walk that corrects and slices `groups`; `before_pruning`: each on activations as if no other were."""
-        walk = BlockWalk(self.model, batches)
-        for index in walk.steps("Correcting"):
+        walk = BlockWalk(self.model, batches, self.journal)
+        for index in walk.steps("Correcting " + " and ".join(dict.fromkeys(group.structure for group in groups))):
             waiting = []
             for group in groups:
                 if group.block != index or len(plan[group.name]) == group.units:

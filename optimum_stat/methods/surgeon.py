@@ -8,7 +8,6 @@ from typing import ClassVar, final
 
 import torch
 from torch import Tensor, nn
-from transformers.utils.logging import tqdm
 
 from ..budget import Cost, Ranking
 from ..card import Paper
@@ -123,6 +122,11 @@ class SurgeonPruner(Pruner[SurgeonConfig]):
         """Units, or weights where they become zeros."""
         return "units" if self.config.structure == "units" else "weights"
 
+    @property
+    def resumable(self) -> bool:
+        """Units are; zeros and adapters are not."""
+        return not self.config.trunk and self.counts == "units" and not self.config.lora_epochs
+
     def check(self, keep: float, batches: Batches) -> None:
         """Refuse what no shot could do."""
         if self.config.lora_epochs:
@@ -176,7 +180,7 @@ class SurgeonPruner(Pruner[SurgeonConfig]):
         """Backward elimination in the metric of G per group (published: each unit's own cost)."""
         order: dict[str, Tensor] = {}
         error: dict[str, Tensor] = {}
-        for group, factors in tqdm(stats, total=len(groups), desc="Ranking", unit="group"):
+        for group, factors in stats:
             if self.config.published:
                 order[group.name], error[group.name] = surgeon_published.rank(group, factors, self.config.ridge)
             else:
@@ -189,7 +193,7 @@ class SurgeonPruner(Pruner[SurgeonConfig]):
         if self.config.published:
             surgeon_published.update(self.measure(groups, batches), plan, self.config.ridge, self.config.max_correlate)
             return
-        walk = BlockWalk(self.model, batches)
+        walk = BlockWalk(self.model, batches, self.journal)
         for index in walk.steps("Correcting"):
             for group in groups:
                 if group.block == index and len(plan[group.name]) < group.units:

@@ -20,6 +20,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from ..activations import free_bytes
 from ..data import Batches
 from ..families import applications_of, masks_of_linears, weight
 from ..gradients import Loss, Passes
@@ -182,7 +183,7 @@ def _blocks_at_once(model: nn.Module, linears: Mapping[int, Sequence[nn.Module]]
     Raises:
         ValueError: not even one block's factors fit.
     """
-    free = _free_bytes(device_of(model))
+    free = free_bytes(device_of(model))
     if free is None:
         return 1
     needs = {block: sum(_bytes(linear) for linear in own) for block, own in linears.items()}
@@ -199,17 +200,6 @@ def _blocks_at_once(model: nn.Module, linears: Mapping[int, Sequence[nn.Module]]
 
 def _bytes(linear: nn.Module) -> int:
     return sum(8 * width**2 for width in weight(linear).shape)
-
-
-def _free_bytes(device: torch.device) -> int | None:
-    """Free memory where the factors will be; None where it cannot be read."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-    except OSError:
-        return None
-    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable")), None)
 
 
 def _single(rows: Tensor) -> Tensor:

@@ -1,0 +1,64 @@
+"""What blocks read, for all batches: in memory, or, where that would take much of it, in a file."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+SHARE = 0.25  # of the free memory; more goes to the disk
+
+
+class Activations:
+    """A list of tensors that keep their shapes while their values change. Reading one from the disk gives a copy."""
+
+    def __init__(self, tensors: list[Tensor], *, on_disk: bool | None = None):
+        """on_disk: None decides by the free memory of the tensors' device."""
+        self._sizes = [each.numel() * each.element_size() for each in tensors]
+        free = free_bytes(tensors[0].device) if tensors else None
+        if on_disk is None:
+            on_disk = free is not None and sum(self._sizes) > SHARE * free
+        self._like = [torch.empty_like(each, device="meta") for each in tensors]
+        self._devices = [each.device for each in tensors]
+        self._kept: list[Tensor] | None = None if on_disk else tensors
+        self._file: Any = tempfile.TemporaryFile() if on_disk else None  # noqa: SIM115
+        if on_disk:
+            for index, each in enumerate(tensors):
+                self[index] = each
+
+    def __len__(self) -> int:
+        return len(self._sizes)
+
+    def __iter__(self) -> Iterator[Tensor]:
+        return (self[index] for index in range(len(self)))
+
+    def __getitem__(self, index: int) -> Tensor:
+        if self._kept is not None:
+            return self._kept[index]
+        index %= len(self)
+        self._file.seek(sum(self._sizes[:index]))
+        raw = torch.frombuffer(bytearray(self._file.read(self._sizes[index])), dtype=torch.uint8)
+        like = self._like[index]
+        return raw.view(like.dtype).view(like.shape).clone().to(self._devices[index])  # memory of our own is aligned
+
+    def __setitem__(self, index: int, value: Tensor) -> None:
+        if self._kept is not None:
+            self._kept[index] = value
+            return
+        self._file.seek(sum(self._sizes[:index]))
+        self._file.write(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+
+
+def free_bytes(device: torch.device) -> int | None:
+    """Free memory of a device; None where it cannot be read."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+    except OSError:
+        return None
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable")), None)

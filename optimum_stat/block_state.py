@@ -1,0 +1,37 @@
+"""The state of one block as tensors and a few numbers: what a journal keeps of a block that is finished."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .families import groups_of_block
+from .slicing import keep_heads, kept_heads, slice_group
+
+
+def sizes(model: nn.Module, index: int, block: nn.Module) -> dict[str, Any]:
+    """Structure -> units; "kept_heads" where the block has to know which ones it keeps. Plain JSON values."""
+    found: dict[str, Any] = {}
+    for group in groups_of_block(model, index, block):
+        found[group.structure] = group.units
+        if group.biased is not None:
+            found["kept_heads"] = kept_heads(group)
+    return found
+
+
+def restore(model: nn.Module, index: int, block: nn.Module, wanted: Mapping[str, Any], weights: Mapping[str, Tensor]) -> None:
+    """Cut `block` to the sizes it had, and give it the weights it had, as far as there are any."""
+    for group in groups_of_block(model, index, block):
+        slice_group(group, torch.arange(wanted[group.structure], device="cpu"))
+    for group in groups_of_block(model, index, block):
+        if group.biased is not None:
+            keep_heads(group, wanted["kept_heads"])
+    for name, value in weights.items():
+        owner, _, leaf = name.rpartition(".")
+        module = block.get_submodule(owner)
+        old = module._parameters[leaf]
+        assert old is not None
+        module._parameters[leaf] = nn.Parameter(value.to(old.device), bool(old.requires_grad))

@@ -1,0 +1,69 @@
+"""From the arguments of `prune` to what a pruner works on: its batches, and the journal of its run."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import replace
+from importlib import metadata
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+
+from .blocks import is_causal, reads_tokens_alone
+from .data import Batches, make_batches
+from .families import task_of
+from .journal import Journal
+from .media import make_media_batches
+from .processes import Processes
+
+if TYPE_CHECKING:
+    from .pruner import Pruner
+
+
+def read(pruner: Pruner[Any], dataset: Any, text_columns: Sequence[str] | None, label_column: str | None, use: str) -> Batches:
+    """Batches for the pruner's model, shared among the processes there are. use: of labels, see `Pruner.labels`."""
+    model = pruner.model
+    if use == "none" and label_column is not None:
+        raise ValueError(f"label_column={label_column!r} asked, but {pruner.method} with this config reads no labels.")
+    asked: dict[str, Any] = {"labels_for": None if use == "none" else model, "labels_needed": use == "data"}
+    asked |= {"text_columns": text_columns, "label_column": label_column}
+    if reads_tokens_alone(model):
+        causal = is_causal(model) and task_of(model) in ("text-generation", "feature-extraction")
+        batches = make_batches(dataset, model.config, pruner.config, causal=causal, tokenizer=pruner.tokenizer, **asked)
+    else:
+        batches = make_media_batches(dataset, model, pruner.config, processor=pruner.tokenizer, **asked)
+    return replace(batches, processes=Processes.launched())
+
+
+def open_journal(pruner: Pruner[Any], folder: str | Path | None, batches: Batches) -> Journal:
+    """The journal in `folder` of this pruner's run on these batches.
+
+    Raises:
+        ValueError: the folder holds another run's, or the run does things that no journal keeps.
+    """
+    if folder is not None and not reads_tokens_alone(pruner.model):
+        name = type(pruner.model).__name__
+        raise ValueError(f"resume_from_checkpoint asked; a {name} has several stacks of blocks, or reads no tokens.")
+    if folder is not None and not pruner.resumable:
+        raise ValueError("resume_from_checkpoint asked of a run that makes zeros, trains adapters or cuts the trunk in shots.")
+    run = {
+        "method": pruner.method,
+        "model": pruner.source,
+        "config": pruner.config.to_dict(),
+        "data": batches.fingerprint,
+        "weights": _fingerprint(pruner.model),
+        "versions": {name: metadata.version(name) for name in ("optimum-stat", "torch", "transformers")},
+    }
+    return Journal.open(folder, json.loads(json.dumps(run)), batches.processes)
+
+
+def _fingerprint(model: nn.Module) -> str:
+    """Of every parameter's name, type, shape and, where it is in memory, a few of its values."""
+    digest = hashlib.sha256()
+    for name, parameter in model.named_parameters():
+        some = [] if parameter.device.type == "meta" else parameter.detach().flatten()[:: max(1, parameter.numel() // 8)].tolist()
+        digest.update(f"{name} {parameter.dtype} {list(parameter.shape)} {some}".encode())
+    return digest.hexdigest()

@@ -1,0 +1,189 @@
+"""What a run has finished, in a folder, so that the same run can go on after it was killed.
+
+An entry is a file of tensors (safetensors), written beside and renamed, and a line in journal.json with its checksum, written
+in the same way. A run makes its entries always in the same order, so what counts of a damaged journal is its longest intact
+beginning; the rest is done again.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from .processes import Processes
+
+FORMAT = 1
+INDEX = "journal.json"
+
+
+@dataclass
+class Journal:
+    """Entries by key. Without a folder nothing is ever written or found."""
+
+    folder: Path | None = None
+    run: Mapping[str, Any] = field(default_factory=dict)
+    """What the entries depend on, as plain JSON values."""
+    chapter: str = ""
+    """Goes in front of every key."""
+    _entries: dict[str, dict[str, Any]] = field(default_factory=dict)
+    _obsolete: list[str] = field(default_factory=list)
+
+    @classmethod
+    def open(cls, folder: str | Path | None, run: Mapping[str, Any], processes: Processes) -> Journal:
+        """The journal of this run in `folder`, which may be new. Every process has one of its own in it.
+
+        Raises:
+            ValueError: it is the journal of another run; says what differs.
+        """
+        if folder is None:
+            return cls()
+        own = Path(folder, f"{processes.index + 1}-of-{processes.count}")
+        try:
+            own.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise _no_room(own, error) from error
+        found = _read(own / INDEX)
+        before = (found or {}).get("run", run)
+        differs = sorted(name for name in before.keys() | run.keys() if before.get(name) != run.get(name))
+        if differs:
+            name = differs[0]
+            raise ValueError(
+                f"{folder} holds what another run has done: its {name} was {before.get(name)!r}, now {run.get(name)!r} is asked. "
+                "Ask for the same again, or delete the folder."
+            )
+        journal = cls(own, dict(run))
+        journal._take((found or {}).get("entries", {}), processes)
+        return journal
+
+    def __contains__(self, key: str) -> bool:
+        return self.chapter + key in self._entries
+
+    def recall(self, key: str) -> dict[str, Tensor] | None:
+        """The tensors of an entry, on the CPU; None if there is none. Empty if a later entry has replaced it."""
+        entry = self._entries.get(self.chapter + key)
+        if entry is None or self.folder is None:
+            return None
+        if entry.get("gone"):
+            return {}
+        # memory of our own: kernels round otherwise where tensors are not aligned, as they are not in a file
+        return {name: value.clone() for name, value in load_file(self.folder / entry["file"]).items()}
+
+    def note(self, key: str) -> Any:
+        """What stands beside the tensors, also of an entry that was replaced."""
+        return self._entries[self.chapter + key]["note"]
+
+    def keep(
+        self, key: str, tensors: Mapping[str, Tensor], *, note: Any = None, replaces: str | None = None, complete: bool = True
+    ) -> None:
+        """Write an entry. The one that it `replaces`, a full key, goes when the next is written: until then others may need it.
+
+        complete: off, it counts only once the next entry does.
+
+        Raises:
+            OSError: there is no room; what was written before is intact.
+        """
+        if self.folder is None:
+            return
+        name = f"{len(self._entries)}.safetensors"
+        path, beside = self.folder / name, self.folder / f"{name}.part"
+        try:
+            save_file({key: value.detach().cpu().contiguous() for key, value in tensors.items()}, beside)
+            digest = _digest(beside)
+            beside.replace(path)
+            self._entries[self.chapter + key] = {"file": name, "digest": digest, "note": note, "replaces": replaces}
+            if complete:
+                self._settle()
+        except (OSError, SafetensorError) as error:
+            beside.unlink(missing_ok=True)
+            raise _no_room(self.folder, error) from error
+
+    def _settle(self) -> None:
+        """Everything up to now counts; what was replaced before that is not needed any more."""
+        assert self.folder is not None
+        gone = self._obsolete
+        for key in gone:
+            self._entries[key]["gone"] = True
+        self._obsolete = self._waiting()
+        self._write(self._entries)
+        for key in gone:
+            (self.folder / self._entries[key]["file"]).unlink(missing_ok=True)
+
+    def _waiting(self) -> list[str]:
+        """What was replaced and is still there."""
+        replaced = {entry["replaces"] for entry in self._entries.values()}
+        return [key for key, entry in self._entries.items() if key in replaced and not entry.get("gone")]
+
+    def full(self, key: str) -> str:
+        """The key with its chapter."""
+        return self.chapter + key
+
+    def last(self, ending: str) -> str | None:
+        """The full key of the latest entry whose key ends like that."""
+        return next((key for key in reversed(self._entries) if key.endswith(ending)), None)
+
+    def _write(self, entries: Mapping[str, Any]) -> None:
+        assert self.folder is not None
+        beside = self.folder / f"{INDEX}.part"
+        beside.write_text(json.dumps({"format": FORMAT, "run": self.run, "entries": entries}))
+        beside.replace(self.folder / INDEX)
+
+    def _take(self, entries: Mapping[str, Any], processes: Processes) -> None:
+        """The longest beginning whose files are intact, in all processes; everything else in the folder goes."""
+        assert self.folder is not None
+        keys = list(entries)
+        good = next((at for at, key in enumerate(keys) if not _intact(self.folder, entries[key])), len(keys))
+        good = min(processes.everybodys(_closed(entries, good)))
+        self._entries = {key: dict(entries[key]) for key in keys[: _closed(entries, good)]}
+        files = {entry["file"] for entry in self._entries.values() if not entry.get("gone")}
+        for path in self.folder.iterdir():
+            if path.name not in {*files, INDEX}:
+                path.unlink()
+        self._obsolete = self._waiting()
+        self._write(self._entries)
+
+
+def _closed(entries: Mapping[str, Any], count: int) -> int:
+    """The largest number of first entries, at most `count`, of which none was replaced by one that is not among them."""
+    keys = list(entries)
+    replaced_by = {entry["replaces"]: at for at, entry in enumerate(entries.values()) if entry["replaces"]}
+    while lost := [at for at in range(count) if entries[keys[at]].get("gone") and replaced_by.get(keys[at], count) >= count]:
+        count = lost[0]
+    return count
+
+
+def _read(path: Path) -> dict[str, Any] | None:
+    try:
+        found = json.loads(path.read_text())
+    except (OSError, ValueError):
+        return None
+    return found if isinstance(found, dict) and found.get("format") == FORMAT else None
+
+
+def _intact(folder: Path, entry: Mapping[str, Any]) -> bool:
+    path = folder / entry["file"]
+    return bool(entry.get("gone")) or (path.is_file() and _digest(path) == entry["digest"])
+
+
+def _digest(path: Path) -> str:
+    digest = hashlib.blake2b(digest_size=16)
+    with path.open("rb") as file:
+        while part := file.read(1 << 22):
+            digest.update(part)
+    return digest.hexdigest()
+
+
+def _no_room(folder: Path, error: Exception) -> OSError:
+    return OSError(
+        getattr(error, "errno", None) or errno.EIO,
+        f"What is finished could not be written to {folder}: {error}. What was written before is intact: make room, and go on "
+        "with the same command.",
+    )

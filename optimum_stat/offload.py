@@ -1,0 +1,103 @@
+"""One block in memory at a time: what `device_map` left on the disk or the CPU is brought in, worked on, put away.
+
+accelerate keeps the weights of an offloaded module in a map and gives the module's forward a hook that fetches them for
+every call. Here a block is fetched once, for all batches, and what has changed of it is written anew.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.hooks import AlignDevicesHook
+from accelerate.utils import OffloadedWeightsLoader, PrefixedDataset
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+
+def is_offloaded(model: nn.Module) -> bool:
+    """Whether some weights are not there between two forward passes."""
+    return any(_hook(module) is not None for module in model.modules())
+
+
+def execution_device(model: nn.Module) -> torch.device | None:
+    """Where the first offloaded module runs; None if none is."""
+    return next((torch.device(hook.execution_device) for hook in map(_hook, model.modules()) if hook is not None), None)
+
+
+@contextmanager
+def brought_in(block: nn.Module) -> Iterator[None]:
+    """The weights of `block` in memory; those that were replaced meanwhile are stored where the old ones were: disk or CPU.
+
+    Does nothing to a block that is not offloaded, or is in already.
+    """
+    away = {name: hook for name, module in block.named_modules() if (hook := _hook(module)) is not None}
+    fetched = {name: _fetch(block.get_submodule(name), hook) for name, hook in away.items()}
+    try:
+        yield
+    finally:
+        changed = {name for name, own in fetched.items() if _differs(block.get_submodule(name), own)}
+        _store(block, {name: away[name] for name in changed})
+        for name, hook in away.items():
+            _leave(block.get_submodule(name))
+            hook.offload = True
+
+
+def _hook(module: nn.Module) -> Any:
+    """The hook that fetches this module's weights, if it has one that is at work."""
+    outer = module.__dict__.get("_hf_hook")
+    hooks = getattr(outer, "hooks", (outer,))
+    return next((hook for hook in hooks if isinstance(hook, AlignDevicesHook) and hook.offload), None)
+
+
+def _fetch(module: nn.Module, hook: Any) -> dict[str, nn.Parameter]:
+    """As the hook does it, but until `_leave`."""
+    hook.offload = False
+    found: dict[str, nn.Parameter] = {}
+    for name, old in module._parameters.items():
+        if old is not None and old.device.type == "meta":
+            value = hook.weights_map[name].to(hook.execution_device)
+            module._parameters[name] = found[name] = nn.Parameter(value, bool(old.requires_grad))
+    return found
+
+
+def _differs(module: nn.Module, fetched: Mapping[str, nn.Parameter]) -> bool:
+    return any(module._parameters[name] is not value for name, value in fetched.items())
+
+
+def _leave(module: nn.Module) -> None:
+    for name, value in module._parameters.items():
+        if value is not None:
+            module._parameters[name] = nn.Parameter(torch.empty_like(value, device="meta"), bool(value.requires_grad))
+
+
+def _store(block: nn.Module, hooks: Mapping[str, Any]) -> None:
+    """The weights that modules have now, for their hooks to fetch."""
+    on_disk: dict[str, dict[str, Tensor]] = {}
+    for name, hook in hooks.items():
+        own = {key: value.detach() for key, value in block.get_submodule(name)._parameters.items() if value is not None}
+        home = getattr(hook.weights_map, "dataset", hook.weights_map)
+        in_memory = getattr(home, "state_dict", home)
+        if any(f"{getattr(hook.weights_map, 'prefix', '')}{key}" in in_memory for key in own):
+            hook.weights_map = {key: value.to("cpu") for key, value in own.items()}
+        else:
+            on_disk[name] = own
+    if on_disk:
+        folder = getattr(getattr(hooks[next(iter(on_disk))].weights_map, "dataset", None), "save_folder", None)
+        loader = _Written(folder, {f"{name}.{key}": value for name, own in on_disk.items() for key, value in own.items()})
+        for name in on_disk:
+            hooks[name].weights_map = PrefixedDataset(loader, f"{name}.")
+
+
+class _Written(OffloadedWeightsLoader):
+    """Weights in a file of their own, which goes when nobody reads it any more."""
+
+    def __init__(self, folder: str | Path | None, weights: Mapping[str, Tensor]):
+        self._folder = tempfile.TemporaryDirectory(prefix="pruned-", dir=folder)
+        path = str(Path(self._folder.name, "block.safetensors"))
+        save_file({name: value.contiguous() for name, value in weights.items()}, path)
+        super().__init__(save_folder=folder, index={name: {"safetensors_file": path} for name in weights})

@@ -1,0 +1,257 @@
+"""Runs that are killed go on, end in the same model bit for bit, and do nothing twice that was finished."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import resource
+import shutil
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny import batches, many, tiny
+
+from optimum_stat import FisherConfig, FisherPruner, STATConfig, STATPruner, SurgeonConfig, SurgeonPruner
+from optimum_stat.commands import main
+from optimum_stat.journal import INDEX, Journal
+from optimum_stat.processes import ALONE
+from optimum_stat.walk import BlockWalk
+
+RUNS: dict[str, tuple[Any, Any]] = {
+    "stat": (STATPruner, STATConfig(keep=0.6, round_to=1)),
+    "stat, paper": (STATPruner, STATConfig.paper(keep=0.6)),
+    "fisher": (FisherPruner, FisherConfig(keep=0.6, round_to=1)),
+    "surgeon": (SurgeonPruner, SurgeonConfig(keep=0.6, round_to=1, shots=3)),
+    "surgeon, paper": (SurgeonPruner, SurgeonConfig.paper(keep=0.6, shots=2, structure="units")),
+}
+
+
+class Stop(Exception):
+    """In place of a kill, where it must come at a certain moment."""
+
+
+def deep(family: str) -> Any:
+    """Three blocks: a first, one in the middle, a last."""
+    return tiny(family, **{"n_layer" if family == "bloom" else "num_hidden_layers": 3})
+
+
+def pruned(run: str, family: str, folder: Path | None = None) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    method, config = RUNS[run]
+    pruner = method(deep(family), config)
+    pruner.prune(many(), resume_from_checkpoint=folder)
+    report = pruner.report.to_dict()
+    del report["stages"]
+    return pruner.model.state_dict(), report
+
+
+def same(one: Any, other: Any) -> bool:
+    return one[1] == other[1] and one[0].keys() == other[0].keys() and all(torch.equal(v, other[0][k]) for k, v in one[0].items())
+
+
+@pytest.fixture
+def stop_after(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[int], None]]:
+    """Call it with the number of entries after which the next one stops the run."""
+    left, plain = [10**9], Journal.keep
+
+    def keep(self: Journal, *args: Any, **kwargs: Any) -> None:
+        if self.folder is not None:
+            if not left[0]:
+                raise Stop
+            left[0] -= 1
+        plain(self, *args, **kwargs)
+
+    monkeypatch.setattr(Journal, "keep", keep)
+    return lambda count: left.__setitem__(0, count)
+
+
+@pytest.mark.parametrize("run", RUNS)
+@pytest.mark.parametrize("family", ["llama", pytest.param("bert", marks=pytest.mark.full), "bloom"])
+def test_stopped_at_every_entry(run: str, family: str, tmp_path: Path, stop_after: Callable[[int], None]) -> None:
+    """Each start gets a few entries further; at the end nothing but the model is different from a run in one piece."""
+    expected = pruned(run, family)
+    for start in range(60):
+        stop_after(2 + start % 2)
+        try:
+            found = pruned(run, family, tmp_path)
+            break
+        except Stop:
+            pass
+    assert start >= 2
+    assert same(found, expected)
+    size = sum(path.stat().st_size for path in tmp_path.rglob("*.safetensors"))
+    stop_after(0)
+    assert same(pruned(run, family, tmp_path), expected), "a finished run writes nothing and is as it was"
+    assert size == sum(path.stat().st_size for path in tmp_path.rglob("*.safetensors"))
+
+
+def test_no_finished_block_is_done_again(
+    tmp_path: Path, stop_after: Callable[[int], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[tuple[str, int]] = []
+    run, advance = BlockWalk.run, BlockWalk.advance
+    monkeypatch.setattr(BlockWalk, "run", lambda self, index, *args: seen.append(("run", index)) or run(self, index, *args))
+    monkeypatch.setattr(BlockWalk, "advance", lambda self, index: seen.append(("advance", index)) or advance(self, index))
+    pruned("stat", "llama")
+    whole, starts = list(seen), 0
+    seen.clear()
+    for starts in range(20):  # noqa: B007
+        stop_after(3)
+        try:
+            pruned("stat", "llama", tmp_path)
+            break
+        except Stop:
+            pass
+    repeated = [step for step in set(seen) if seen.count(step) > whole.count(step)]
+    assert len(seen) <= len(whole) + 2 * starts, "what was under way when it stopped, and no more"
+    assert starts > 2
+    assert all(seen.count(step) <= whole.count(step) + starts for step in repeated)
+
+
+@pytest.mark.parametrize("damage", ["cut", "flipped", "gone", "index"])
+@pytest.mark.parametrize("which", [0, -1, 3])
+def test_damage_is_noticed_and_done_again(damage: str, which: int, tmp_path: Path, stop_after: Callable[[int], None]) -> None:
+    expected = pruned("stat", "llama")
+    stop_after(9)
+    with pytest.raises(Stop):
+        pruned("stat", "llama", tmp_path)
+    path = sorted(tmp_path.rglob("*.safetensors"), key=lambda path: int(path.stem))[which]
+    raw = bytearray(path.read_bytes())
+    if damage == "cut":
+        path.write_bytes(raw[: len(raw) // 2])
+    elif damage == "flipped":
+        raw[-3] ^= 1
+        path.write_bytes(raw)
+    elif damage == "gone":
+        path.unlink()
+    else:
+        (path.parent / INDEX).write_text("{")
+    stop_after(1000)
+    assert same(pruned("stat", "llama", tmp_path), expected)
+
+
+def test_another_run_is_refused(tmp_path: Path) -> None:
+    pruned("stat", "llama", tmp_path)
+    with pytest.raises(ValueError, match=r"holds what another run has done: its config was .*'keep': 0.6.* now .*'keep': 0.7"):
+        STATPruner(deep("llama"), STATConfig(keep=0.7)).prune(many(), resume_from_checkpoint=tmp_path)
+    with pytest.raises(ValueError, match="its data was"):
+        STATPruner(deep("llama"), RUNS["stat"][1]).prune(batches(), resume_from_checkpoint=tmp_path)
+    with pytest.raises(ValueError, match="its weights was"):
+        STATPruner(tiny("llama", seed=1, num_hidden_layers=3), RUNS["stat"][1]).prune(many(), resume_from_checkpoint=tmp_path)
+    elements = SurgeonPruner(deep("llama"), SurgeonConfig(structure="elements"))
+    with pytest.raises(ValueError, match="makes zeros, trains adapters"):
+        elements.prune(many(), resume_from_checkpoint=tmp_path)
+
+
+@pytest.mark.parametrize("entries", [0, 4, 9])
+def test_a_full_disk_says_so_and_can_be_resumed(
+    entries: int, tmp_path: Path, stop_after: Callable[[int], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A real one: a limit on the size of files, which the system enforces as a full disk does."""
+    expected = pruned("stat", "llama")
+    if entries:
+        stop_after(entries)
+        with pytest.raises(Stop):
+            pruned("stat", "llama", tmp_path / "state")
+    stop_after(1000)
+    process = os.fork()
+    if not process:
+        try:
+            signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+            resource.setrlimit(resource.RLIMIT_FSIZE, (3000, 3000))
+            pruned("stat", "llama", tmp_path / "state")
+        except OSError as error:
+            (tmp_path / "why").write_text(str(error))
+        finally:
+            os._exit(0)
+    os.waitpid(process, 0)
+    why = (tmp_path / "why").read_text()
+    assert "] What is finished could not be written to" in why
+    assert why.endswith("make room, and go on with the same command.")
+    assert not list(tmp_path.rglob("*.part"))
+    assert same(pruned("stat", "llama", tmp_path / "state"), expected)
+
+
+def test_the_journal_keeps_what_others_may_still_need(tmp_path: Path) -> None:
+    """An entry that was replaced goes only when the next one is written, and its end is remembered."""
+    journal = Journal.open(tmp_path, {"a": 1}, ALONE)
+    value = {"x": torch.arange(5)}
+    journal.keep("first", value, note=[1])
+    journal.keep("second", value, replaces="first")
+    assert torch.equal((journal.recall("first") or {})["x"], value["x"])
+    journal.keep("third", {}, complete=False)
+    assert len(Journal.open(tmp_path, {"a": 1}, ALONE)._entries) == 2
+    journal = Journal.open(tmp_path, {"a": 1}, ALONE)
+    assert "third" not in journal
+    journal.keep("third", {})
+    assert journal.recall("first") == {}
+    assert journal.note("first") == [1]
+    assert journal.recall("fourth") is None
+    (path,) = [path for path in tmp_path.rglob("1.safetensors")]
+    path.write_bytes(b"")
+    assert not Journal.open(tmp_path, {"a": 1}, ALONE)._entries, "what the first entry was replaced by is lost, so both are"
+
+
+@pytest.fixture(scope="module")
+def dense(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("dense")
+    tiny("llama", num_hidden_layers=6, hidden_size=64, intermediate_size=256).save_pretrained(folder / "dense")
+    rows = [json.dumps({"input_ids": ids.tolist()}) for item in many(4000) for ids in item["input_ids"]]
+    (folder / "data.jsonl").write_text("\n".join(rows))
+    return folder
+
+
+def command(dense: Path, output: Path, method: str, *more: str) -> list[str]:
+    asked = [
+        "prune",
+        str(output),
+        "-m",
+        str(dense / "dense"),
+        "-d",
+        str(dense / "data.jsonl"),
+        "--keep",
+        "0.6",
+        "--method",
+        method,
+    ]
+    return [*asked, "--seq-len", "20", "--quiet", *more]
+
+
+@pytest.mark.parametrize(
+    ("method", "kills"),
+    [("stat", 4), *(pytest.param(method, 30, marks=pytest.mark.full) for method in ("stat", "fisher", "surgeon"))],
+)
+def test_killed_at_random_moments(method: str, kills: int, dense: Path, tmp_path: Path) -> None:
+    """`kill -9`, and the same command again, until it ends: the same files as from a run in one piece."""
+    main(command(dense, tmp_path / "whole", method))
+    generator, killed, output = random.Random(kills), 0, tmp_path / "out"
+    while killed < kills:
+        process = os.fork()
+        if not process:  # a copy of this one: it has imported everything
+            signal.alarm(120)
+            code = 1
+            try:
+                sys.stdout = sys.stderr = open(os.devnull, "w")  # noqa: SIM115
+                main(command(dense, output, method, "--resume"))
+                code = 0
+            finally:
+                os._exit(code)
+        time.sleep(generator.random() * 1.5)
+        os.kill(process, signal.SIGKILL)
+        status = os.waitpid(process, 0)[1]
+        killed += 1
+        if os.WIFEXITED(status):
+            assert os.WEXITSTATUS(status) == 0
+            if killed < kills:
+                shutil.rmtree(output)  # it was faster; from the beginning
+    if not output.exists() or (tmp_path / "out.resume").exists():
+        main(command(dense, output, method, "--resume"))
+    assert {path.name for path in tmp_path.iterdir()} == {"whole", "out"}
+    assert (output / "model.safetensors").read_bytes() == (tmp_path / "whole" / "model.safetensors").read_bytes()
+    assert (output / "config.json").read_text() == (tmp_path / "whole" / "config.json").read_text()
