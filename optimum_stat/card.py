@@ -46,6 +46,8 @@ ALT = {
     "errors": "The expected error of each block at every size, and the sizes that were chosen",
     "speed": "How many times as fast as the dense model the pruned one is, beside what its multiply-adds promise",
     "latency": "Milliseconds of the dense model, asked, predicted, and measured",
+    "pareto": "Quality over time of all sizes of the family, the front as a line",
+    "predicted": "What the method expected of every size of the family, beside what was measured",
 }
 
 
@@ -98,6 +100,7 @@ def render(recipe: dict[str, Any], repo_id: str, paper: Paper, pictures: Sequenc
         seconds=sum(stage["seconds"] for stage in report["stages"].values()),
         peak=max((stage["peak_bytes"] or 0 for stage in report["stages"].values()), default=0),
         speed=_speed(recipe.get("speed", ())),
+        family=_family(recipe.get("family"), report["keep"]),
         macs_ratio=report["pruned"]["block_macs"] / report["dense"]["block_macs"],
     )
     return str(card)
@@ -144,6 +147,29 @@ def _speed(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
         spreads = {name: _spread(own) for name, own in (("dense", row["dense"]), ("pruned", row["pruned"]), ("faster", faster))}
         found.append({"work": f"{behind} {row['batch_size']} × {row['seq_len']} tokens", "rates": each, **spreads})
     return found
+
+
+def _family(family: dict[str, Any] | None, keep: float) -> dict[str, Any] | None:
+    """The table's rows, as text; the dense model first."""
+    if family is None:
+        return None
+    names, dense = list(family["dense_metrics"]), family["dense"]
+    rows = [("dense", dense, family["dense_bytes"], 0.0, family["dense_metrics"], 1.0, "")]
+    for size in family["sizes"]:
+        name = f"**{size['keep']:g}**" if size["keep"] == keep else f"{size['keep']:g}"
+        time, on_front = size["speed"]["ratio"]["median"], "yes" if size["on_front"] else ""
+        rows.append((name, size["cost"], size["weight_bytes"], size["error"], size["metrics"], time, on_front))
+    table = [
+        [
+            *(name, f"{cost['params']:,}", f"{cost['block_macs'] / dense['block_macs']:.2f}"),
+            *(f"{size / 1e6:,.1f}", f"{error:.2g}"),
+            *(f"{metrics[each]:g}" for each in names),
+            *(f"{time:.2f}", on_front),
+        ]
+        for name, cost, size, error, metrics, time, on_front in rows
+    ]
+    head = ["kept", "parameters", "MACs", "MB", "expected error", *names, "time", "on the front"]
+    return {**family, "head": head, "rows": table}
 
 
 def _spread(values: dict[str, float]) -> str:

@@ -1,10 +1,8 @@
-"""The commands that make models small: `prune`, and `sweep` for several sizes at once."""
+"""The command that makes a model small: `prune`, and what `sweep` shares with it."""
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
-import json
 import os
 import shutil
 from pathlib import Path
@@ -42,13 +40,13 @@ class PruneCommand(Command):
         state = command_training.state_folder(args.output)
         written = args.resume and state.exists() and (args.output / "stat_recipe.json").is_file()  # killed right after that
         if not written:
-            _check_output(args.output)
+            check_output(args.output)
         check_model(args.model)
         command_data.check(args.dataset)
         repo_id = _repo_id(args)
-        method, config = _method_and_config(args)
+        method, config = method_and_config(args)
         training = command_training.arguments(args, method)
-        pruner, data = _pruner_and_data(args, method, config)
+        pruner, data = pruner_and_data(args, method, config)
         pruner.prune(**data, **training)
         if not written:
             _clear_leftovers(args)
@@ -62,54 +60,7 @@ class PruneCommand(Command):
         return "\n".join(lines), {"output": str(args.output), "url": url, "load": load, "report": pruner.report.to_dict()}
 
 
-@final
-class SweepCommand(Command):
-    """`sweep`."""
-
-    @staticmethod
-    def parse_args(parser: Any) -> None:
-        """Declare the options."""
-        parser.description = (
-            "Prune a model to several sizes from one calibration. Each goes into a folder of its own in OUTPUT, named by the "
-            "share that it keeps, beside sweep.json with the table that is printed. Without OUTPUT nothing is cut: the table "
-            "says what would be kept, and which error the method expects. (`plan` says, without data, what a run would take.)"
-        )
-        parser.add_argument("output", metavar="OUTPUT", nargs="?", type=Path, help="folder to write, new or empty")
-        parser.add_argument("-m", "--model", required=True, help="a model on the Hub, or a folder")
-        parser.add_argument(
-            "--keep", dest="shares", type=_shares, metavar="SHARE,...", help="such as 0.8,0.6,0.4 (default: 1, 0.95, ..., 0.1)"
-        )
-        command_options.add_config_options(parser, without=("keep",))
-        command_options.add_data_options(parser, "which part of the dataset (default: train)")
-        command_options.add_model_options(parser)
-        command_options.add_output_options(parser)
-
-    def work(self) -> Result:
-        """Measure once; save each, or only say what it would be."""
-        args = self.args
-        if args.output is not None:
-            if args.shares is None:
-                raise WrongArguments("OUTPUT asked without --keep: say which sizes to write, such as --keep 0.8,0.6,0.4.")
-            _check_output(args.output)
-        check_model(args.model)
-        command_data.check(args.dataset)
-        pruner, data = _pruner_and_data(args, *_method_and_config(args))
-        from .sweep import SweepReport
-
-        shares = {} if args.shares is None else {"keep": args.shares}
-        if args.output is None:
-            found = SweepReport.of_plan(pruner, pruner.plan(**data, **shares))
-            return str(found), found.to_dict()
-        reports = []
-        for small in pruner.sweep(**data, **shares):
-            small.save_pretrained(args.output / str(small.config.keep))
-            reports.append(small.report)
-        found = SweepReport.of_models(reports)
-        (args.output / "sweep.json").write_text(json.dumps(found.to_dict(), indent=2) + "\n")
-        return f"{found}\nsaved in {args.output}", found.to_dict()
-
-
-def _pruner_and_data(args: Any, method: Any, config: Any) -> tuple[Any, dict[str, Any]]:
+def pruner_and_data(args: Any, method: Any, config: Any) -> tuple[Any, dict[str, Any]]:
     """The pruner, and what its `prune` takes."""
     if args.dataset is None:
         LOGGER.info("no --dataset: the calibration data is %s. Your own data is better.", command_data.BUNDLED)
@@ -121,16 +72,7 @@ def _pruner_and_data(args: Any, method: Any, config: Any) -> tuple[Any, dict[str
     return pruner, {"dataset": dataset, "text_columns": command_data.text_columns(args), "label_column": args.label_column}
 
 
-def _shares(text: str) -> list[float]:
-    try:
-        return [float(part) for part in text.split(",")]
-    except ValueError:
-        raise argparse.ArgumentTypeError(
-            f"{text!r} asked; it must be shares with commas between them, such as 0.8,0.6."
-        ) from None
-
-
-def _check_output(folder: Path) -> None:
+def check_output(folder: Path) -> None:
     """Before hours of work: a folder that exists must be empty, and one that does not must be possible."""
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise FileExistsError(f"{folder} exists and is not an empty folder; nothing was done. Choose another place.")
@@ -159,7 +101,7 @@ def _repo_id(args: Any) -> str | None:
     return args.push_to_hub or args.output.absolute().name
 
 
-def _method_and_config(args: Any) -> tuple[Any, Any]:
+def method_and_config(args: Any) -> tuple[Any, Any]:
     """The method's class and its configuration; imports torch."""
     try:
         given = command_options.given_config(args)

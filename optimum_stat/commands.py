@@ -16,7 +16,8 @@ from optimum.commands.base import BaseOptimumCLICommand, CommandInfo
 from . import __version__, command_data, command_options
 from .command_base import Command, Result, WrongArguments, check_model, device, loading
 from .command_plan import PlanCommand
-from .command_prune import PruneCommand, SweepCommand
+from .command_prune import PruneCommand
+from .command_sweep import SweepCommand
 
 
 @final
@@ -53,7 +54,7 @@ class EvaluateCommand(Command):
         command_data.check(args.dataset)
         if args.save and not (Path(args.model) / "stat_recipe.json").is_file():
             raise WrongArguments(f"--save asked, but {args.model} is no folder with a stat_recipe.json to write into.")
-        from . import comparison, evaluation
+        from . import comparison, evaluation, recipe_update
 
         try:
             config = evaluation.data_config(**command_options.given_reading(args))
@@ -67,7 +68,7 @@ class EvaluateCommand(Command):
         how = {"must": bool(args.dense), "task": args.task, "device": device(args), "speed": args.speed or ()}
         found = comparison.compare(args.model, dense, data, **how, **kwargs)
         if args.save:
-            comparison.save(Path(args.model), found)
+            recipe_update.enter(Path(args.model), found.metrics, speed=[each.to_dict() for each in found.speed])
         return str(found), found.to_dict()
 
 

@@ -7,7 +7,6 @@ import gc
 import json
 import logging
 import math
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,7 +17,7 @@ from huggingface_hub import hf_hub_download, try_to_load_from_cache
 from transformers import AutoConfig, AutoModel
 from transformers.utils.logging import tqdm
 
-from . import card, checkpoint
+from . import checkpoint
 from .budget import model_cost
 from .evaluation import Data, Measured, cosine, measure
 from .families import task_of
@@ -171,22 +170,6 @@ def _recipe(model: str, revision: str | None) -> dict[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
-def save(folder: Path, found: Comparison) -> None:
-    """Enter the metrics into the folder's recipe, in place of older ones on the same data, and render its card anew."""
-    from .methods import METHODS
-
-    recipe = json.loads((folder / checkpoint.RECIPE).read_text())
-    new = {(metric["name"], metric["dataset"]): metric for metric in found.metrics if metric["value"] is not None}
-    recipe["metrics"] = [m for m in recipe["metrics"] if (m["name"], m["dataset"]) not in new] + list(new.values())
-    if found.speed:
-        recipe["speed"] = [each.to_dict() for each in found.speed]
-    paper = next((method.paper for method in METHODS if method.method == recipe["method"]), None)
-    if paper is None:
-        raise ValueError(f"{folder / checkpoint.RECIPE} names method {recipe['method']!r}, which this optimum-stat lacks.")
-    card.write(folder, recipe, folder.absolute().name, paper)
-    _replace(folder / checkpoint.RECIPE, json.dumps(recipe, indent=2) + "\n")
-
-
 @dataclass(frozen=True)
 class Sizes:
     """What `sizes` found: the records of both models, and the parameters of their blocks."""
@@ -276,10 +259,3 @@ def _short(value: float | None) -> float | None:
 def _row(name: str, dense: float | None, value: float | None, how: str) -> tuple[str, str, str, str]:
     ratio = f"{value / dense:.2f}" if value is not None and dense else ""
     return name, "" if dense is None else how.format(dense), "" if value is None else how.format(value), ratio
-
-
-def _replace(path: Path, text: str) -> None:
-    """Write beside, then rename."""
-    beside = path.with_name(f".{path.name}.new")
-    beside.write_text(text, "utf-8")
-    os.replace(beside, path)

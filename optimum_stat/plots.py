@@ -15,7 +15,7 @@ INK, FAINT = "#7a7d83", "#8b8f9640"
 """Text, at 4 to 1 against #ffffff and #0b0f19; grid lines and what was there before."""
 SERIES = ("#3b82f6", "#e0701a", "#1f9d6b", "#b8559c", "#8a6fd1", "#b08900")
 DEPTH = ("#4777ea", "#8f5fd6", "#cc4f8f", "#dd6a3c", "#b08900")
-STRUCTURES = {"heads": "heads", "neurons": "neurons"}
+BUDGETS = {"params": "parameters", "macs": "MACs"}
 SIZE = 7.2  # inches a picture is wide
 DPI = 160
 Recipe = Mapping[str, Any]
@@ -43,6 +43,9 @@ def drawings(recipe: Recipe) -> dict[str, Callable[[], Any]]:
         found["speed"] = lambda: speed(recipe["speed"], _macs_ratio(report))
     if report.get("latency"):
         found["latency"] = lambda: latency(report["latency"])
+    if recipe.get("family"):
+        found["pareto"] = lambda: pareto(recipe["family"], report["keep"])
+        found["predicted"] = lambda: predicted(recipe["family"], report["keep"])
     return found
 
 
@@ -62,7 +65,7 @@ def kept(reports: Mapping[str, Any]) -> Any:
             places = [block - 0.4 + width * (at + 0.5) for block in blocks]
             axis.bar(places, shares, width if len(own) == 1 else 0.92 * width, color=_colour(at), zorder=2, label=label or None)
         _share_axis(axis)
-        axis.set_title(f"{STRUCTURES.get(structure, structure)} kept", loc="left", fontsize=10, color=INK, fontweight="bold")
+        axis.set_title(f"{structure} kept", loc="left", fontsize=10, color=INK, fontweight="bold")
     axes[-1].set_xlabel("block")
     axes[-1].xaxis.get_major_locator().set_params(integer=True)
     axes[-1].set_xlim(min(blocks) - 0.6, max(blocks) + 0.6)
@@ -84,7 +87,7 @@ def errors(report: Mapping[str, Any]) -> Any:
                 _curve(axis, group, _depth(block, blocks))
         axis.set_yscale("log")
         _share_axis(axis, of_y=False)
-        axis.set_xlabel(f"{STRUCTURES.get(structure, structure)} kept")
+        axis.set_xlabel(f"{structure} kept")
     axes[0].set_ylabel("expected error")
     _blocks_legend(figure, blocks)
     return figure
@@ -124,6 +127,49 @@ def latency(found: Mapping[str, Any]) -> Any:
     axis.set_xlim(0, 1.15 * max(found[name] for name in names))
     axis.set_xlabel(f"milliseconds for {found['batch_size']} × {found['seq_len']} tokens")
     _plain(axis, grid="x")
+    return figure
+
+
+def pareto(family: Mapping[str, Any], keep: float | None = None) -> Any:
+    """Quality over time of all sizes of a sweep, the front as a line; the size `keep` stands out."""
+    figure, (axis,) = _figure(3.6)
+    metric, sizes = family["metric"], sorted(family["sizes"], key=lambda size: size["speed"]["ratio"]["median"])
+    points = [(size["speed"]["ratio"]["median"], size["metrics"][metric]) for size in sizes]
+    front = [point for point, size in zip(points, sizes, strict=True) if size["on_front"]]
+    axis.plot(*zip(*front, strict=True), color=_colour(0), linewidth=1.5, zorder=2)
+    for point, size in zip(points, sizes, strict=True):
+        _point(axis, point, f"{size['keep']:g}", size["keep"] == keep, size["on_front"])
+    axis.plot([1], [family["dense_metrics"][metric]], "D", color=INK, markersize=7, zorder=3)
+    beside = {"xytext": (0, -16), "textcoords": "offset points", "ha": "center"}
+    axis.annotate("dense", (1, family["dense_metrics"][metric]), color=INK, fontsize=9, **beside)
+    axis.set_xlim(0, 1.06 * max(1, *(x for x, _ in points)))
+    axis.margins(y=0.15)
+    axis.set_ylabel(metric.replace("_", " "))
+    work, budget = _workload(sizes[0]["speed"]), BUDGETS.get(family["budget"], family["budget"])
+    axis.set_xlabel(f"time for {work}, of the dense model's; labels: share of the {budget} kept")
+    axis.grid(True, axis="x", color=FAINT, linewidth=0.8, zorder=0)
+    return figure
+
+
+def predicted(family: Mapping[str, Any], keep: float | None = None) -> Any:
+    """What the method expected of every size of a sweep, beside what the metric lost."""
+    from matplotlib.ticker import LogLocator, NullLocator
+
+    figure, (axis,) = _figure(3.2)
+    metric, before = family["metric"], family["dense_metrics"][family["metric"]]
+    sizes = [size for size in family["sizes"] if size["error"] > 0]
+    points = [(size["error"], abs(size["metrics"][metric] - before)) for size in sizes]
+    axis.plot(*zip(*points, strict=True), color=FAINT, linewidth=1.5, zorder=2) if points else None
+    for point, size in zip(points, sizes, strict=True):
+        _point(axis, point, f"{size['keep']:g}", size["keep"] == keep)
+    axis.set_xscale("log")
+    axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axis.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
+    axis.xaxis.set_minor_locator(NullLocator())
+    axis.margins(x=0.08, y=0.15)
+    axis.set_xlabel("expected error")
+    axis.set_ylabel(f"distance from dense, {metric.replace('_', ' ')}")
+    axis.grid(True, axis="x", color=FAINT, linewidth=0.8, zorder=0)
     return figure
 
 
@@ -187,6 +233,14 @@ def _curve(axis: Any, group: Mapping[str, Any], colour: Any) -> None:
     chosen = [(size / units, error) for size, error in group["curve"] if size == group["kept"] and error > 0]
     for x, y in chosen:
         axis.plot([x], [y], "o", color=colour, markersize=6, markeredgecolor=INK, markeredgewidth=0.8, zorder=4)
+
+
+def _point(axis: Any, point: tuple[float, float], label: str, chosen: bool, solid: bool = True) -> None:
+    colour = _colour(1 if chosen else 0)
+    fill = {} if solid else {"markerfacecolor": "none"}
+    axis.plot(*([value] for value in point), "o", color=colour, markersize=9 if chosen else 7, zorder=4, **fill)
+    where = {"xytext": (7, -11), "textcoords": "offset points"}
+    axis.annotate(label, point, color=colour if chosen else INK, fontsize=9, fontweight="bold" if chosen else "normal", **where)
 
 
 def _depth(block: int, blocks: Sequence[int]) -> Any:

@@ -51,6 +51,11 @@ class Speed:
         """That one pass reads."""
         return self.batch_size * (self.seq_len if self.phase == "prefill" else 1)
 
+    @property
+    def work(self) -> str:
+        """In words."""
+        return f"{self.phase} of {self.batch_size} x {self.seq_len} tokens, {self.device}"
+
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values; with the median throughput of both, in tokens a second."""
         each = {f"{name}_tokens_per_second": round(1e3 * self.tokens / own.median, 1) for name, own in self._sides()}

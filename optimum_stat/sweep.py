@@ -4,15 +4,12 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from .budget import Cost
 from .data import Batches
 from .families import find_groups
-from .latency import Latency
-from .report import Forecast, PruningReport
+from .report import Forecast
 from .trunk import choose, smallest
 
 if TYPE_CHECKING:
@@ -85,45 +82,3 @@ def forecasts(pruner: Pruner[Any], shares: list[float], batches: Batches) -> tup
             shape = choose(pruner.allocate, pruner.config.trunk, groups, ranking, share, currency)
             found.append(Forecast(share, shape.currency.cost_of(shape.kept), nats * shape.error, {**shape.sizes, **shape.kept}))
     return tuple(found)
-
-
-@dataclass(frozen=True)
-class SweepReport:
-    """Several sizes of one model. `str(report)` is a table; `to_dict()` holds plain JSON values."""
-
-    method: str
-    budget: str
-    dense: Cost
-    keep: tuple[float, ...]
-    costs: tuple[Cost, ...]
-    errors: tuple[float, ...]
-    """What the method expected of each: see `Forecast.error`."""
-    latencies: tuple[Latency | None, ...]
-    """Measured, where the budget was a latency and the models exist."""
-
-    @classmethod
-    def of_models(cls, reports: Sequence[PruningReport]) -> SweepReport:
-        """Of models that have been pruned."""
-        first = reports[0]
-        rows = [(report.keep, report.pruned, report.error, report.latency) for report in reports]
-        return cls(first.method, first.budget, first.dense, *zip(*rows, strict=True))
-
-    @classmethod
-    def of_plan(cls, pruner: Pruner[Any], plan: Sequence[Forecast]) -> SweepReport:
-        """Of models that have not."""
-        rows = [(forecast.keep, forecast.cost, forecast.error, None) for forecast in plan]
-        return cls(pruner.method, pruner.config.budget, pruner.currency.dense, *zip(*rows, strict=True))
-
-    def to_dict(self) -> dict[str, Any]:
-        """Everything, as plain JSON values."""
-        return dataclasses.asdict(self)
-
-    def __str__(self) -> str:
-        names = f"{'keep':>6}{'parameters':>14}{'':>6}{'of the blocks':>15}{'MACs':>8}{'expected error':>16}"
-        lines = [names + (f"{'ms':>9}{'':>6}" if self.latencies[0] else "")]
-        for keep, cost, error, latency in zip(self.keep, self.costs, self.errors, self.latencies, strict=True):
-            line = f"{keep:>6.4g}{cost.params:>14,}{cost.params / self.dense.params:>6.2f}"
-            line += f"{cost.block_params / self.dense.block_params:>15.2f}{cost.block_macs / self.dense.block_macs:>8.2f}"
-            timed = f"{latency.measured:>9.2f}{latency.measured / latency.dense:>6.2f}" if latency else ""
-            lines.append(f"{line}{error:>16.4g}{timed}")
-        return "\n".join(lines)

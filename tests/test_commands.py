@@ -513,10 +513,43 @@ def test_sweep_writes_every_size_and_a_table(folders: dict[str, str], data: dict
     )
     found = json.loads(capsys.readouterr().out)
     assert found == json.loads((out / "sweep.json").read_text())
-    assert found["keep"] == [0.9, 0.6]
-    for share, cost in zip(("0.9", "0.6"), found["costs"], strict=True):
-        assert LlamaForCausalLM.from_pretrained(out / share).num_parameters() == cost["params"]
-    assert found["errors"][0] < found["errors"][1]
+    assert [size["keep"] for size in found["sizes"]] == [0.9, 0.6]
+    for size in found["sizes"]:
+        folder = out / str(size["keep"])
+        assert LlamaForCausalLM.from_pretrained(folder).num_parameters() == size["cost"]["params"]
+        assert (folder / "model.safetensors").stat().st_size == size["weight_bytes"] < found["dense_bytes"]
+        assert "## Family" not in (folder / "README.md").read_text()
+    assert found["sizes"][0]["error"] < found["sizes"][1]["error"]
+
+
+def test_sweep_measures_every_size_beside_the_dense_model(
+    folders: dict[str, str], data: dict[str, str], tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("optimum_stat.speed.SECONDS", 0.1)
+    out, start = tmp_path / "family", ["sweep", "-m", folders["classifier"], "-d", data["data.csv"], "--round-to", "1", "--quiet"]
+    main([*start, "--keep", "0.9,0.6", "--eval-dataset", data["data.csv"], str(out)])
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].split()[-6:] == ["accuracy", "f1", "ms", "of", "dense", "front"]
+    assert [line.split()[0] for line in lines[1:4]] == ["dense", "0.9", "0.6"]
+    found = json.loads((out / "sweep.json").read_text())
+    main(["evaluate", folders["classifier"], "-d", data["data.csv"], "--json", "--quiet"])
+    alone = json.loads(capsys.readouterr().out)["metrics"]
+    assert found["dense_metrics"] == {metric["name"]: metric["value"] for metric in alone}
+    for size in found["sizes"]:
+        recipe = json.loads((out / str(size["keep"]) / "stat_recipe.json").read_text())
+        assert recipe["family"] == found
+        assert {metric["name"]: metric["value"] for metric in recipe["metrics"]} == size["metrics"]
+        assert recipe["speed"] == [size["speed"]]
+        card = (out / str(size["keep"]) / "README.md").read_text()
+        assert f"| **{size['keep']}** | {size['cost']['params']:,} |" in card
+        assert "](pictures/pareto.png)" in card
+    for wrong, said in (
+        (["--eval-split", "test"], "evaluation asked without OUTPUT"),
+        (["--keep", "0.9", "--eval-dataset", "none.csv", str(tmp_path / "new")], "none.csv"),
+    ):
+        with pytest.raises(SystemExit):
+            main([*start, *wrong])
+        assert said in capsys.readouterr().err
 
 
 def test_sweep_without_output_cuts_nothing(folders: dict[str, str], data: dict[str, str], tmp_path: Path, capsys: Any) -> None:

@@ -15,6 +15,9 @@ pytest.importorskip("matplotlib")
 from matplotlib.colors import to_rgb, to_rgba
 
 from optimum_stat import plots
+from optimum_stat.budget import Cost
+from optimum_stat.speed import Speed, Spread
+from optimum_stat.sweep_report import Size, SweepReport
 
 CARDS = Path(__file__).parent.parent / "model_cards"
 PAGES = {"light": "#ffffff", "dark": "#0b0f19"}  # the Hub's
@@ -146,3 +149,45 @@ def test_a_hundred_blocks_and_groups_of_the_whole_model_are_drawn() -> None:
     assert len(plots.pictures(recipe)) == 2
     assert len(plots.kept({"": recipe["report"]}).axes) == 2
     assert plots.pictures({"report": {"groups": groups[-1:]}}) == {}
+
+
+@pytest.fixture
+def family() -> dict[str, Any]:
+    dense = Cost(100, 80, 60)
+    spread = Spread(9.0, 10.0, 11.0)
+    values = ((0.8, 0.9, 0.8), (0.6, 0.7, 0.75), (0.5, 0.6, 0.78), (0.4, 0.4, 0.5))  # keep, time, accuracy
+    sizes = tuple(
+        Size(
+            keep,
+            dense,
+            0.1 / keep,
+            400,
+            {"accuracy": own},
+            Speed("cpu", "prefill", 1, 8, spread, spread, Spread(time, time, time), 9),
+        )
+        for keep, time, own in values
+    )
+    return SweepReport("stat", "macs", dense, 500, sizes, "SST-2", {"accuracy": 0.82}).to_dict()
+
+
+def test_the_front_is_what_nothing_else_beats(family: dict[str, Any]) -> None:
+    assert [size["on_front"] for size in family["sizes"]] == [True, False, True, True]
+    (axis,) = plots.pareto(family, 0.5).axes
+    line = axis.lines[0].get_xydata().tolist()
+    assert line == [[0.4, 0.5], [0.6, 0.78], [0.9, 0.8]]
+    marks = [(line.get_xdata()[0], line.get_color()) for line in axis.lines[1:] if line.get_marker() == "o"]
+    assert dict(marks)[0.6] == plots.SERIES[1]  # the model whose card it is
+    assert {colour for time, colour in marks if time != 0.6} == {plots.SERIES[0]}
+    assert [text.get_text() for text in axis.texts] == ["0.4", "0.5", "0.6", "0.8", "dense"]
+
+
+def test_less_perplexity_is_better() -> None:
+    cost = Cost(100, 80, 60)
+    sizes = [Size(keep, Cost(1, 1, macs), 0.1, 4, {"perplexity": own}) for keep, macs, own in ((0.9, 50, 20.0), (0.5, 30, 19.0))]
+    assert SweepReport("stat", "macs", cost, 5, tuple(sizes)).front == (False, True)
+
+
+def test_expected_beside_measured(family: dict[str, Any]) -> None:
+    (axis,) = plots.predicted(family).axes
+    wanted = [[0.1 / keep, 0.82 - own] for keep, own in ((0.8, 0.8), (0.6, 0.75), (0.5, 0.78), (0.4, 0.5))]
+    assert np.allclose(axis.lines[0].get_xydata(), wanted)
