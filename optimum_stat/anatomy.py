@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from .experts import is_stacked
 from .family_table import (
     ATTENTION_OUT,
     ATTENTION_OUT_BESIDE,
@@ -86,18 +87,17 @@ def inventory(block: nn.Module) -> str:
     """What a block has of known parts, and what not, in words."""
     neurons = [each.path for each in feeds(block)]
     heads = [each.path + (" (perhaps, in one linear)" if len(each.linears) == 1 else "") for each in attentions(block)]
-    experts = [name for name, _ in block.named_modules() if name.rpartition(".")[2] == EXPERTS]
+    experts = [name for name, each in block.named_modules() if name.rpartition(".")[2] == EXPERTS and not is_stacked(each)]
     linears = [name for name, module in block.named_modules() if isinstance(getattr(module, "weight", None), Tensor)]
     wanted = " or ".join("/".join(names) for names in (*QUERY_KEY_VALUE, FUSED))
     asked = [
         ("attention", heads, f"{wanted}, with one of {', '.join(ATTENTION_OUT)}, {ATTENTION_OUT_BESIDE}"),
         ("neurons", neurons, ", ".join(f"{'/'.join(up)} with {down}" for up, down in NEURONS)),
     ]
-    several = ", of which there must be one"
-    lines = [f"experts at {', '.join(experts)}, which are not supported"] if experts else []
+    lines = [f"experts at {', '.join(experts)} in a form that is not known"] if experts else []
     for what, paths, names in asked:
         found = f"{what} at {' and '.join(paths)}" if paths else f"no {what} ({names})"
-        lines.append(found + several * (len(paths) > 1))
+        lines.append(f"{found}, of which there must be one" if len(paths) > 1 else found)
     return f"a {type(block).__name__} has {'; '.join(lines)}; its modules with weights are {', '.join(linears)}"
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -13,6 +14,7 @@ from .families import Group, Producer, find_blocks, find_groups, weight
 
 Lengths = int | tuple[int, ...]
 """Tokens in an example: of every stack, or of one after the other."""
+OF_EXPERTS = 8  # neurons
 
 
 @dataclass(frozen=True)
@@ -47,6 +49,7 @@ def unit_cost(model: nn.Module, group: Group, budget: str, seq_len: Lengths) -> 
         return (matrices + biases + vectors) // group.units
     products = sum(_rows(p) * weight(p.linear).shape[1] * length_of(seq_len, group, p.of_context) for p in group.producers)
     products += weight(group.consumer).numel() * length_of(seq_len, group)
+    products = products * group.active[0] // group.active[1]
     attended = attended_pairs(group, seq_len) if group.structure == "heads" else 0
     return group.applications * (products // group.units + 2 * group.width * attended)
 
@@ -120,6 +123,8 @@ def options(group: Group, round_to: int) -> list[int]:
 
     Heads count one by one: their width is a matter of the dense model.
     """
+    if group.experts is not None:  # kernels for stacked weights want rows of a multiple of 16 bytes
+        round_to = math.lcm(round_to, OF_EXPERTS)
     step = 1 if group.structure == "heads" else min(round_to, group.units)
     return sorted({*range(step, group.units, step), group.units})
 

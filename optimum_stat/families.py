@@ -20,8 +20,11 @@ from .blocks import family_of as family_of
 from .blocks import find_blocks as find_blocks
 from .blocks import is_causal as is_causal
 from .blocks import sliding_window as sliding_window
+from .experts import is_stacked, linears_of_experts
 from .family_table import (
+    EXPERT_WIDTHS,
     EXPERTS,
+    EXPERTS_OF_A_TOKEN,
     HEAD_COUNTS,
     HEAD_WIDTHS,
     HEADS_PER_KEY_VALUE,
@@ -77,12 +80,14 @@ def groups_of_block(model: Any, index: int, block: nn.Module) -> list[Group]:
 def _groups(model: Any, position: int, stack: Stack, index: int, block: nn.Module, first: int) -> list[Group]:
     heads, neurons = list(attentions(block)), list(feeds(block))
     own = [each for each in heads if not each.cross]
-    experts = any(name.endswith(EXPERTS) for name, _ in block.named_modules())
+    experts = [each for name, each in block.named_modules() if name.rpartition(".")[2] == EXPERTS]
     cross = bool(getattr(model.config, "is_encoder_decoder", False))
-    if len(own) != 1 or len(heads) > 1 + cross or len(neurons) != 1 or experts:
+    makers = len(own) == 1 and len(heads) <= 1 + cross and len(neurons) <= 1 <= len(neurons) + len(experts)
+    if not makers or not all(map(is_stacked, experts)):
         raise unknown(model, inventory(block))
     groups = [_heads(model, stack, each) for each in heads]
-    groups.append(_neurons(family_of(model), stack, neurons[0], own[0].norm))
+    groups += [_neurons(family_of(model), stack, each, own[0].norm) for each in neurons]
+    groups += [_in_experts(family_of(model), stack, block, each, own[0].norm) for each in experts]
     where: dict[str, Any] = {
         "block": first + index,
         "stack": position,
@@ -170,6 +175,25 @@ def _handed_on(family: Family, stack: Stack, found: Attention) -> HandedOn | Non
     return HandedOn(*family.bias_handed_on, tuple(alike))
 
 
+def _in_experts(family: Family, stack: Stack, block: nn.Module, module: nn.Module, norm: nn.Module | None) -> Group:
+    up, down, count = linears_of_experts(module)
+    units, made = weight(down).shape[1] // count, weight(up).shape[0] // count
+    together = getattr(module, "is_concatenated", True)  # else the two rows of a neuron stand side by side
+    stream = first_of([block], NORM_BEFORE_NEURONS) or norm
+    return Group(
+        name="experts",
+        block=0,
+        structure="neurons",
+        producers=(Producer(up, (1,) * (count * made // units if together else count)),),
+        consumer=down,
+        units=units,
+        stream=stream if stream is not None and _norm_first(family, stack.config) else up,
+        counts=tuple((module, name, 1) for name in EXPERT_WIDTHS if getattr(module, name, None) == units),
+        experts=module,
+        active=(min(count, int(getattr(stack.config, EXPERTS_OF_A_TOKEN, count))), count),
+    )
+
+
 def _counts(
     family: Family, found: Attention, units: int, queries: int, width: int, one_for_all: bool
 ) -> tuple[tuple[nn.Module, str, int], ...]:
@@ -192,11 +216,16 @@ def _vectors(attention: nn.Module, width: int, one_for_all: bool) -> tuple[tuple
     for path in PER_HEAD[:1] + PER_HEAD[2:3] if one_for_all else PER_HEAD:
         module = at(attention, path.rpartition(".")[0])
         value = getattr(module, path.rpartition(".")[2], None)
-        if module is not None and isinstance(value, Tensor) and (value.dim() > 1 or len(value) != width):
+        if module is not None and isinstance(value, Tensor) and _is_by_head(path, value, width):
             found.append((module, path.rpartition(".")[2]))
             if path in NORMS_OVER_HEADS and value.dim() == 1:
                 inexact = "queries and keys are divided by the root mean square of all heads, which changes with each that goes"
     return tuple(found), inexact
+
+
+def _is_by_head(path: str, value: Tensor, width: int) -> bool:
+    """All heads share a norm that is as wide as one."""
+    return value.dim() > 1 or path not in NORMS_OVER_HEADS or len(value) != width
 
 
 def _one_key_value_head(config: Any) -> bool:

@@ -25,7 +25,7 @@ CROSS_ATTENTION = ("encoder_attn", "EncDecAttention", "crossattention")
 """An attention of this name makes its keys and values of what another list of blocks, the encoder, returns."""
 OF_POSITIONS = ("pos_key_proj", "pos_query_proj", "pos_proj", "pos_q_proj")
 """Linears in the attention module that make keys and queries out of relative positions."""
-PER_HEAD = ("q_norm.weight", "k_norm.weight", "q_bias", "v_bias")
+PER_HEAD = ("q_norm.weight", "k_norm.weight", "q_bias", "v_bias", "sinks")
 """Parameters of the attention module that hold an equal share for each head, unless all heads share one."""
 NORMS_OVER_HEADS = ("q_norm.weight", "k_norm.weight")
 """Those that scale what has been divided by its root mean square; one-dimensional and of all heads, by that of all heads."""
@@ -47,6 +47,12 @@ NEURONS = (
 )
 """The linears that make neurons, of a gate and what it gates stacked in one or in two, and the one that reads them."""
 EXPERTS = "experts"
+EXPERTS_UP = ("gate_up_proj", "up_proj")
+EXPERTS_DOWN = "down_proj"
+"""Parameters [experts, out, in], or [experts, in, out], of the module of that name."""
+EXPERTS_OF_A_TOKEN = "num_experts_per_tok"
+EXPERT_WIDTHS = ("intermediate_dim", "intermediate_size", "expert_dim")
+"""Integers of it that say how many neurons an expert has."""
 NORM_BEFORE_ATTENTION = (
     "input_layernorm",
     "attention_layernorm",
@@ -134,9 +140,11 @@ FAMILIES: dict[str, Family] = {
     "glm": _DECODER,
     "gpt2": Family(causal=True, fused="stacked"),
     "gpt_neox": Family(fused="by head"),
+    "gpt_oss": Family(),
     "granite": _DECODER,
     "llama": _DECODER,
     "mistral": _DECODER,
+    "mixtral": Family(),
     "modernbert": Family(causal=False, fused="stacked"),
     "nemotron": _DECODER,
     "olmo2": _DECODER,
@@ -144,7 +152,9 @@ FAMILIES: dict[str, Family] = {
     "phi": _DECODER,
     "phi3": Family(fused="stacked", per_layer_config=_LAYERS, config_reads=("num_attention_heads",)),
     "qwen2": _DECODER,
+    "qwen2_moe": Family(),
     "qwen3": _DECODER,
+    "qwen3_moe": Family(),
     "roberta": Family(),
     "siglip": _ENCODER,
     "siglip_vision_model": _ENCODER,

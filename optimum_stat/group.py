@@ -76,6 +76,10 @@ class Group:
     """The stack whose output keys and values are made of, where it is another one."""
     mask: str = "attention_mask"
     """The model's input that says which of the consumer's tokens are real; "": all are."""
+    experts: nn.Module | None = None
+    """The stacked experts whose neurons these are, if they are some's."""
+    active: tuple[int, int] = (1, 1)
+    """So many of so many experts does a token go through."""
     causal: bool = False
     window: int | None = None
     """Which tokens a head sees: those before, and so many at most."""

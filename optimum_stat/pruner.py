@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from . import calibration, checkpoint, trunk
+from . import calibration, checkpoint, experts, trunk
 from .budget import Cost, Ranking, allocate
 from .card import Paper
 from .config import PruningConfig
@@ -266,6 +266,7 @@ class Pruner(ABC, Generic[C]):
 
     def finish(self, lines: Sequence[Lines], batches: Batches) -> None:
         """Let the dense model teach the pruned one, if asked to; write its record, and the report of the shots that made it."""
+        experts.close(self.model)
         if self._dense is not None:
             with self.timer()("distill"):
                 distill(self.model, self._dense, batches, self.config.distill_epochs, self.config.seed)
@@ -277,7 +278,7 @@ class Pruner(ABC, Generic[C]):
     def at_work(self) -> Iterator[None]:
         """The model in the state that measuring and cutting need."""
         # a caller's inference_mode would make the new weights unfit for training, and forbid the Fisher pass
-        with torch.inference_mode(False), quiet(self.model):
+        with torch.inference_mode(False), quiet(self.model), experts.opened(self.model):
             yield
 
     @contextmanager

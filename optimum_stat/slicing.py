@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .experts import is_open, slice_stacked
 from .families import Group, HandedOn, Producer, find_groups, weight
 
 Plan = Mapping[str, Tensor]
@@ -36,12 +37,11 @@ def slice_group(group: Group, keep: Tensor) -> None:
         raise ValueError(f"{group.name} has units 0 to {group.units - 1}; the plan keeps {keep.tolist()}.")
     if group.handed_on is not None:
         own_biases(group.handed_on)
-    for producer in group.producers:
-        rows, out = producer_rows(group, producer, keep).cpu(), weight(producer.linear).shape[0]
-        if producer.fixed == out:
-            continue
-        _keep_outputs(producer.linear, torch.cat([rows, torch.arange(out - producer.fixed, out, device="cpu")]))
-    _keep_inputs(group.consumer, consumer_columns(group, keep))
+    if group.experts is not None and not is_open(group.experts):
+        rows = producer_rows(group, group.producers[0], keep)
+        slice_stacked(group.experts, rows[rows < weight(group.producers[0].linear).shape[0] // group.width], keep)
+    else:
+        _keep_rows_and_columns(group, keep)
     for module, name in group.vectors:
         _keep_shares(module, name, group.units, keep)
     for module, name, per_unit in group.counts:
@@ -50,6 +50,15 @@ def slice_group(group: Group, keep: Tensor) -> None:
         before = kept_heads(group)
         heads = keep.cpu()[:, None] * group.query_heads + torch.arange(group.query_heads, device="cpu")
         keep_heads(group, [before[head] for head in heads.flatten().tolist()])
+
+
+def _keep_rows_and_columns(group: Group, keep: Tensor) -> None:
+    for producer in group.producers:
+        rows, out = producer_rows(group, producer, keep).cpu(), weight(producer.linear).shape[0]
+        if producer.fixed == out:
+            continue
+        _keep_outputs(producer.linear, torch.cat([rows, torch.arange(out - producer.fixed, out, device="cpu")]))
+    _keep_inputs(group.consumer, consumer_columns(group, keep))
 
 
 def producer_rows(group: Group, producer: Producer, keep: Tensor) -> Tensor:

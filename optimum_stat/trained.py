@@ -22,6 +22,7 @@ from .blocks import reads_tokens_alone
 from .budget import Ranking
 from .currency import Currency
 from .data import Batches, pad_id_of
+from .experts import opened_in
 from .families import Group, find_groups
 from .pruner import Pruner
 from .report import GroupReport, Lines, TimedStage
@@ -99,10 +100,10 @@ class TrainedPruner(Pruner[T]):
         Raises:
             Diverged: the loss or a gradient became NaN or infinite. As after every error, a live model is as it was.
         """
-        if not reads_tokens_alone(self.model):
+        if not reads_tokens_alone(self.model) or opened_in(self.model):
             raise ValueError(
-                f"{self.method} trains on token ids, and {type(self.model).__name__} reads something else, or more. Use a method "
-                "that does not train."
+                f"{self.method} trains on token ids, and {type(self.model).__name__} reads something else, or more, or it has "
+                "experts. Use a method that does not train."
             )
         wanted = [name for name, parameter in self.model.named_parameters() if parameter.requires_grad]
         evaluation = None if eval_dataset is None else self._read(eval_dataset, text_columns, label_column, needs="data")

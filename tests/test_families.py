@@ -146,11 +146,6 @@ REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
         {"hidden_size": 8, "num_hidden_layers": 2},
         r"a MambaBlock has attention at mixer \(perhaps, in one linear\); no neurons .*; its modules with weights are .*in_proj",
     ),
-    "experts": (
-        "mixtral",
-        {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 2, "intermediate_size": 8},
-        r"a MixtralDecoderLayer has experts at mlp.experts, which are not supported; attention at self_attn; no neurons",
-    ),
     "a fused projection in a family that nobody listed": (
         "gpt_neox_japanese",
         {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_multiple_size": 2},

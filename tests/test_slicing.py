@@ -10,6 +10,7 @@ from tiny import INEXACT, ROWS, batches, data_of, outputs, tiny
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from optimum_stat.experts import opened
 from optimum_stat.families import find_groups, weight
 from optimum_stat.probes import on_consumer_input
 from optimum_stat.slicing import consumer_columns, restored_on_error, slice_group, slice_model
@@ -23,6 +24,8 @@ def random_plan(model: PreTrainedModel, seed: int) -> dict[str, Tensor]:
     plan = {}
     for group in find_groups(model):
         size = int(torch.randint(1, group.units + (group.structure == "heads"), (1,), generator=generator))
+        if group.experts is not None:
+            size = max(8, size // 8 * 8)
         plan[group.name] = torch.randperm(group.units, generator=generator)[:size]
     return plan
 
@@ -34,7 +37,7 @@ def masked(model: PreTrainedModel, plan: dict[str, Tensor], batch: dict[str, Ten
         columns = consumer_columns(group, plan[group.name])
         return z * torch.zeros(z.shape[-1]).index_fill_(0, columns, 1)
 
-    with on_consumer_input(find_groups(model), gate):
+    with opened(model), on_consumer_input(find_groups(model), gate):
         return outputs(model, batch)
 
 

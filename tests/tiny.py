@@ -138,10 +138,21 @@ OTHERS: dict[str, tuple[str, dict[str, Any]]] = {
     "whisper": ("SpeechSeq2Seq", {**_BART, "num_mel_bins": 8, "max_source_positions": 20, "max_target_positions": 64}),
 }
 """Families that read something else than one list of token ids, or more: the head they usually have, and their sizes."""
+_EXPERTS = {**_LLAMA, "num_experts_per_tok": 2, "intermediate_size": 48}
+_SMALL = {**_EXPERTS, "moe_intermediate_size": 32, "num_experts": 4, "decoder_sparse_step": 1, "mlp_only_layers": []}
+MIXTURES: dict[str, tuple[str, dict[str, Any]]] = {
+    "gpt_oss": ("CausalLM", {**_EXPERTS, "num_local_experts": 4, "head_dim": 8, "sliding_window": 6}),
+    "mixtral": ("CausalLM", {**_EXPERTS, "num_local_experts": 4, "sliding_window": None}),
+    "qwen2_moe": ("CausalLM", {**_SMALL, "shared_expert_intermediate_size": 28}),
+    "qwen3_moe": ("CausalLM", {**_SMALL, "head_dim": 8}),
+    "qwen3_moe, first dense": ("CausalLM", {**_SMALL, "head_dim": 8, "mlp_only_layers": [0]}),
+}
+"""Those with experts."""
+OTHERS |= MIXTURES
 ROWS = (*SIZES, *OTHERS)
 """All of them: the rows of the table."""
-SEQUENCES = tuple(name for name in OTHERS if OTHERS[name][0] in ("Seq2SeqLM", "SpeechSeq2Seq"))
-"""They generate with a decoder that reads an encoder."""
+SEQUENCES = tuple(name for name in OTHERS if OTHERS[name][0] in ("Seq2SeqLM", "SpeechSeq2Seq", "CausalLM"))
+"""Those that generate."""
 FIXED_STREAM = (*FIXED_STREAM, *OTHERS)
 
 
@@ -152,6 +163,7 @@ def combinations(choices: Iterable[str], of_tokens_alone: Iterable[str] = ()) ->
     """
     own, alone = list(choices), set(of_tokens_alone)
     able = {family: [choice for choice in own if family in SIZES or choice not in alone] for family in ROWS}
+    able |= {family: [choice for choice in able[family] if choice != "stat-paper"] for family in MIXTURES}
     turns = {family: able[family][i % len(able[family])] for i, family in enumerate(f for f in ROWS if f not in CORE)}
     return [
         pytest.param(choice, family, marks=[] if turns.get(family, choice) == choice else pytest.mark.full)
@@ -237,7 +249,7 @@ def data_of(family: str, count: int = 12, batch_size: int = 3, seed: int = 0) ->
     generator, kind = torch.Generator().manual_seed(seed), family.split(",")[0]
     lengths = tuple(int(n) for n in torch.randint(3, 13, (count,), generator=generator))
     found = batches(lengths, batch_size, seed=seed)
-    if kind in SIZES:
+    if kind in SIZES or family in MIXTURES:
         return found
     for number, batch in enumerate(found):
         size = len(batch.pop("position_ids"))

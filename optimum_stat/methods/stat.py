@@ -106,6 +106,8 @@ class STATPruner(Pruner[STATConfig]):
 
     def measure(self, groups: list[Group], batches: Batches) -> Iterator[tuple[Group, Moments]]:
         """Gram matrices of every consumer's input, block by block in one forward pass."""
+        if self.config.published and any(group.experts is not None for group in groups):
+            raise ValueError("The published algorithm has one consumer a neuron, and experts have several: use STATConfig().")
         fisher = self._fisher(groups, batches) if self.config.metric == "fisher" else {}
         walk = BlockWalk(self.model, batches, self.journal)
         for index in walk.steps("Measuring"):
