@@ -14,6 +14,7 @@ from torch import nn
 
 from .blocks import is_causal, reads_tokens_alone
 from .data import Batches, make_batches
+from .experts import opened_in
 from .families import task_of
 from .journal import Journal
 from .media import make_media_batches
@@ -44,9 +45,9 @@ def open_journal(pruner: Pruner[Any], folder: str | Path | None, batches: Batche
     Raises:
         ValueError: the folder holds another run's, or the run does things that no journal keeps.
     """
-    if folder is not None and not reads_tokens_alone(pruner.model):
+    if folder is not None and (not reads_tokens_alone(pruner.model) or opened_in(pruner.model)):
         name = type(pruner.model).__name__
-        raise ValueError(f"resume_from_checkpoint asked; a {name} has several stacks of blocks, or reads no tokens.")
+        raise ValueError(f"resume_from_checkpoint asked; a {name} has several stacks of blocks, or experts, or reads no tokens.")
     if folder is not None and not pruner.resumable:
         raise ValueError("resume_from_checkpoint asked of a run that makes zeros, trains adapters or cuts the trunk in shots.")
     run = {
