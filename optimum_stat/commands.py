@@ -14,7 +14,7 @@ from typing import Any, ClassVar, final
 from optimum.commands.base import BaseOptimumCLICommand, CommandInfo
 
 from . import __version__, command_data, command_options
-from .command_base import Command, Result, WrongArguments, check_model, device, loading
+from .command_base import LOGGER, Command, Result, WrongArguments, check_model, device, loading
 from .command_plan import PlanCommand
 from .command_prune import PruneCommand
 from .command_sweep import SweepCommand
@@ -108,6 +108,34 @@ class ProfileCommand(Command):
 
 
 @final
+class ReportCommand(Command):
+    """`report`."""
+
+    @staticmethod
+    def parse_args(parser: Any) -> None:
+        """Declare the options."""
+        parser.description = (
+            "Compare pruned models: one column for each, from the recipes in their folders. With --html also as a page with "
+            "pictures that stands alone: no scripts, nothing loaded from anywhere."
+        )
+        parser.add_argument("folders", metavar="FOLDER", nargs="+", type=Path, help="a pruned model")
+        parser.add_argument("--html", type=Path, metavar="FILE", help="write the page here")
+        command_options.add_output_options(parser)
+
+    def work(self) -> Result:
+        """Read the recipes; write the page."""
+        from . import page, plots
+
+        args, recipes = self.args, page.read(self.args.folders)
+        if args.html is not None:
+            if not plots.available():
+                LOGGER.warning("matplotlib is not installed, so the page has no pictures: pip install optimum-stat[report]")
+            args.html.write_text(page.html(recipes), "utf-8")
+        values = {"models": list(recipes), "summary": {name: values for name, values in page.summary(recipes)}}
+        return page.text(recipes) + (f"\nsaved in {args.html}" if args.html else ""), values
+
+
+@final
 class InspectCommand(Command):
     """`inspect`."""
 
@@ -169,6 +197,7 @@ class StatCommand(BaseOptimumCLICommand):
         CommandInfo(name="plan", help="What a run would take: sizes, memory, time.", subcommand_class=PlanCommand),
         CommandInfo(name="evaluate", help="Measure a pruned model beside its dense one.", subcommand_class=EvaluateCommand),
         CommandInfo(name="profile", help="Time a model's blocks at every size.", subcommand_class=ProfileCommand),
+        CommandInfo(name="report", help="Compare pruned models side by side.", subcommand_class=ReportCommand),
         CommandInfo(name="inspect", help="Show what is left of each block, or could be.", subcommand_class=InspectCommand),
         CommandInfo(name="autoload", help="Load pruned models in every program.", subcommand_class=AutoloadCommand),
     )

@@ -15,7 +15,6 @@ INK, FAINT = "#7a7d83", "#8b8f9640"
 """Text, at 4 to 1 against #ffffff and #0b0f19; grid lines and what was there before."""
 SERIES = ("#3b82f6", "#e0701a", "#1f9d6b", "#b8559c", "#8a6fd1", "#b08900")
 DEPTH = ("#4777ea", "#8f5fd6", "#cc4f8f", "#dd6a3c", "#b08900")
-BUDGETS = {"params": "parameters", "macs": "MACs"}
 SIZE = 7.2  # inches a picture is wide
 DPI = 160
 Recipe = Mapping[str, Any]
@@ -104,7 +103,7 @@ def speed(rows: Sequence[Mapping[str, Any]], macs: float) -> Any:
         axis.text(0.03, at, f"{ratio['median']:.2f}×", va="center", color="white", fontsize=9, fontweight="bold", zorder=4)
     axis.axvline(1, color=INK, linewidth=1, zorder=3)
     axis.axvline(1 / macs, color=_colour(1), linewidth=1.6, linestyle=(0, (4, 2)), zorder=3)
-    axis.set_yticks(range(len(rows)), [_workload(row) for row in rows])
+    axis.set_yticks(range(len(rows)), [workload(row) for row in rows])
     axis.set_ylim(len(rows) - 0.4, -0.6)
     fastest = max(1 / row["ratio"]["low"] for row in rows)
     axis.set_xlim(0, 1.12 * max(1 / macs, fastest, 1))
@@ -145,8 +144,8 @@ def pareto(family: Mapping[str, Any], keep: float | None = None) -> Any:
     axis.set_xlim(0, 1.06 * max(1, *(x for x, _ in points)))
     axis.margins(y=0.15)
     axis.set_ylabel(metric.replace("_", " "))
-    work, budget = _workload(sizes[0]["speed"]), BUDGETS.get(family["budget"], family["budget"])
-    axis.set_xlabel(f"time for {work}, of the dense model's; labels: share of the {budget} kept")
+    work, what = workload(sizes[0]["speed"]), budget(family["budget"])
+    axis.set_xlabel(f"time for {work}, of the dense model's; labels: share of the {what} kept")
     axis.grid(True, axis="x", color=FAINT, linewidth=0.8, zorder=0)
     return figure
 
@@ -281,9 +280,15 @@ def _macs_ratio(report: Mapping[str, Any]) -> float:
     return float(report["pruned"]["block_macs"] / report["dense"]["block_macs"])
 
 
-def _workload(row: Mapping[str, Any]) -> str:
+def workload(row: Mapping[str, Any]) -> str:
+    """What was timed, in words."""
     phase = "decode, " if row["phase"] == "decode" else ""
     return f"{phase}{row['batch_size']} × {row['seq_len']} tokens"
+
+
+def budget(name: str) -> str:
+    """What `keep` counts, in words."""
+    return {"params": "parameters", "macs": "MACs"}.get(name, name)
 
 
 def _colour(at: int) -> str:

@@ -182,6 +182,16 @@ def test_the_cards_in_the_repository_are_rendered_not_written():
     assert list(edited_cards(CARDS)) == []
 
 
+def test_every_method_has_cards_of_both_models():
+    names = {folder.name for folder in CARDS.iterdir() if folder.is_dir()}
+    assert names == {f"{model}-{method}" for model in ("minilm-sst2", "smollm2-135m") for method in PAPERS}
+    for folder in sorted(CARDS / name for name in names):
+        recipe = json.loads((folder / "recipe.json").read_text())
+        assert folder.name.endswith(recipe["method"])
+        assert recipe["metrics"]
+        assert len(recipe["speed"]) >= 2
+
+
 @pytest.mark.parametrize("folder", sorted(path for path in CARDS.iterdir() if path.is_dir()), ids=lambda path: path.name)
 def test_the_pictures_in_the_repository_are_drawn_from_their_recipes(folder: Path):
     from PIL import Image
@@ -216,7 +226,7 @@ def test_an_edited_card_is_noticed(folder: Path, tmp_path: Path):
 
 
 def test_the_card_says_whether_weights_were_trained():
-    recipe = json.loads((CARDS / "minilm-sst2-stat" / "recipe.json").read_text())
+    recipe = json.loads((CARDS / "smollm2-135m-stat" / "recipe.json").read_text())
     text = render(recipe, "me/small", PAPERS["stat"])
     assert "corrected, without retraining." in text
     recipe["config"]["distill_epochs"] = 1

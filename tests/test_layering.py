@@ -67,6 +67,7 @@ LAYERS = (
         "command_training",
         "comparison",
         "profiling",
+        "page",
         "recipe_update",
         "family",
         "command_sweep",
