@@ -1,9 +1,9 @@
 """Perplexity of a pruned causal language model on WikiText-2, dense beside pruned, with the time of `prune`.
 
-    python examples/benchmarks/decoder_wikitext.py DATA MODEL [--gguf-file FILE] [--keep 0.75] [--recipes stat fisher]
+    python examples/benchmarks/decoder_wikitext.py DATA MODEL [--gguf-file FILE] [--keep 0.75] [--recipes stat fisher] [--seeds 0 1]
 
 DATA: a folder with train_first3MB.txt and valid.txt. Calibration: 16 windows of 512 tokens of the training text, starts drawn
-with torch.randint under seed 0. Score: exp of the mean negative log-likelihood over the first 12 windows of 512 tokens of
+with torch.randint under the seed. Score: exp of the mean negative log-likelihood over the first 12 windows of 512 tokens of
 valid.txt. Budget: parameters of the decoder layers. float32.
 """
 
@@ -12,14 +12,17 @@ from __future__ import annotations
 import argparse
 import math
 from collections.abc import Callable
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from measure import forward_seconds, table
+from results import Result, by_keep
 
-from optimum_stat import FisherConfig, FisherPruner, STATConfig, STATPruner
+from optimum_stat import FisherConfig, FisherPruner, STATConfig, STATPruner, VIBConfig, VIBPruner
+from optimum_stat.config import STRUCTURES
 
 SEQ_LEN = 512
 RECIPES: dict[str, tuple[Any, Callable[..., Any]]] = {
@@ -27,7 +30,10 @@ RECIPES: dict[str, tuple[Any, Callable[..., Any]]] = {
     "stat, gradient-free": (STATPruner, lambda **asked: STATConfig(metric="stream", **asked)),
     "stat, distilled": (STATPruner, lambda **asked: STATConfig(distill_epochs=1, **asked)),
     "stat, distilled 3 times": (STATPruner, lambda **asked: STATConfig(distill_epochs=3, **asked)),
+    "stat, all structures": (STATPruner, lambda **asked: STATConfig(structures=STRUCTURES, **asked)),
     "fisher": (FisherPruner, FisherConfig),
+    # one pass over the windows, one at a time: as many tokens seen as the others have
+    "vib, gates alone": (VIBPruner, lambda **asked: VIBConfig(masks_only=True, batch_size=1, **asked)),
 }
 
 
@@ -39,30 +45,47 @@ def main() -> None:
     parser.add_argument("--keep", type=float, nargs="+", default=[0.75])
     parser.add_argument("--recipes", nargs="+", choices=RECIPES, default=["stat", "stat, gradient-free"])
     parser.add_argument("--windows", type=int, default=16)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="of the calibration windows")
+    parser.add_argument("--name", help="what to call the model in results (default: as its folder)")
+    parser.add_argument("--results", type=Path, help="append a JSON line for each run to this file (see draw_results.py)")
     args = parser.parse_args()
     extra: dict[str, Any] = {"gguf_file": args.gguf_file} if args.gguf_file else {}
-    rows = []
-    for keep in args.keep:
-        for recipe in args.recipes:
-            method, make = RECIPES[recipe]
-            pruner = method.from_pretrained(args.model, make(keep=keep, budget="params"), dtype=torch.float32, **extra)
-            windows = calibration(pruner.tokenizer, args.data, args.windows)
-            batches = [{"input_ids": part} for part in windows.split(8)]
-            if not rows:
-                rows.append(("dense", "1.0", f"{perplexity(pruner.model, pruner.tokenizer, args.data):.2f}", "", ""))
-            floor = forward_seconds(pruner.model, batches)
-            model = pruner.prune(windows)
-            stages = pruner.report.stages.values()
-            ratio = sum(stage.seconds for stage in stages) / floor
-            peak = max(stage.peak_bytes or 0 for stage in stages) / 2**20
-            score = f"{perplexity(model, pruner.tokenizer, args.data):.2f}"
-            rows.append((recipe, f"{pruner.report.reached:.4f}", score, f"{ratio:.1f}", f"{peak:,.0f}"))
-            print(table(("recipe", "kept", "perplexity", "forward passes", "peak MiB over the model"), rows), flush=True)
+    dense, found = None, []
+    for keep, recipe, seed in product(args.keep, args.recipes, args.seeds):
+        method, make = RECIPES[recipe]
+        pruner = method.from_pretrained(args.model, make(keep=keep, budget="params", seed=seed), dtype=torch.float32, **extra)
+        windows = calibration(pruner.tokenizer, args.data, args.windows, seed)
+        batches = [{"input_ids": part} for part in windows.split(8)]
+        if dense is None:
+            dense = perplexity(pruner.model, pruner.tokenizer, args.data)
+            print(f"{args.model}: perplexity of the dense model {dense:.2f}; {windows.numel():,} tokens", flush=True)
+        before = forward_seconds(pruner.model, batches)
+        model = pruner.prune(windows)
+        result = Result.of(
+            pruner,
+            benchmark=f"{args.name or Path(args.model).name}, WikiText-2",
+            metric="perplexity",
+            recipe=recipe,
+            seed=seed,
+            score=perplexity(model, pruner.tokenizer, args.data),
+            dense=dense,
+            dense_seconds=before,
+            pruned_seconds=forward_seconds(model, batches),
+        )
+        result.append(args.results)
+        found.append(result)
+        print(f"{by_keep(found)}\n\n{memory(found)}\n", flush=True)
 
 
-def calibration(tokenizer: Any, data: Path, windows: int) -> torch.Tensor:
+def memory(results: list[Result]) -> str:
+    """What each recipe needed beside the model."""
+    rows = [(r.recipe, str(r.kept), f"{r.peak_mib:,}" if r.peak_mib else "", f"{r.latency:.2f}") for r in results]
+    return table(("recipe", "kept", "peak MiB over the model", "time of a forward pass, dense = 1"), rows)
+
+
+def calibration(tokenizer: Any, data: Path, windows: int, seed: int = 0) -> torch.Tensor:
     ids = tokenizer((data / "train_first3MB.txt").read_text(), return_tensors="pt")["input_ids"][0]
-    starts = torch.randint(0, len(ids) - SEQ_LEN - 1, (windows,), generator=torch.Generator().manual_seed(0))
+    starts = torch.randint(0, len(ids) - SEQ_LEN - 1, (windows,), generator=torch.Generator().manual_seed(seed))
     return torch.stack([ids[start : start + SEQ_LEN] for start in starts])
 
 

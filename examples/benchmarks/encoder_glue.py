@@ -13,13 +13,15 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Iterable
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 import torch
 from datasets import Dataset
 from glue import TASKS, Task, read, score
-from measure import forward_seconds, table
+from measure import forward_seconds
+from results import Result, by_keep
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from optimum_stat import FisherConfig, FisherPruner, Pruner, PruningConfig, STATConfig, STATPruner
@@ -51,6 +53,8 @@ def main() -> None:
     parser.add_argument(
         "--held-out", type=int, default=0, help="score on so many training examples instead of dev: ones that no calibration saw"
     )
+    parser.add_argument("--name", help="what to call the model in results (default: as its folder)")
+    parser.add_argument("--results", type=Path, help="append a JSON line for each run to this file (see draw_results.py)")
     args = parser.parse_args()
     task, (train, dev) = TASKS[args.task], read(args.data)
     samples = {seed: train.shuffle(seed=seed).select(range(512)) for seed in args.seeds}
@@ -60,24 +64,29 @@ def main() -> None:
     dense = load(args.model)
     before = score(task, dense, tokenizer, dev)
     print(f"{args.task}: {task.metric} of the dense model {before:.2f}")
-    rows = []
-    for name in args.recipes:
+    found = []
+    for name, keep, seed in product(args.recipes, args.keep, args.seeds):
         method, make = RECIPES[name]
-        cells, ratios = [], []
-        for keep in args.keep:
-            config = make(keep=keep, budget="macs")
-            scores = []
-            for seed in args.seeds:
-                sample = samples[seed]
-                pruner = method(load(args.model), config, tokenizer)
-                batches = make_batches(sample, dense.config, config, causal=False, tokenizer=tokenizer)
-                floor = forward_seconds(dense, batches)
-                model = pruner.prune(sample, **({"label_column": task.label} if pruner.labels != "none" else {}))
-                ratios.append(sum(stage.seconds for stage in pruner.report.stages.values()) / floor)
-                scores.append(score(task, model, tokenizer, dev))
-            cells.append(f"{sum(scores) / len(scores):.2f} ({min(scores):.2f} to {max(scores):.2f})")
-        rows.append((name, *cells, f"{sorted(ratios)[len(ratios) // 2]:.1f}"))
-        print(table(("recipe", *(f"{keep} of the MACs" for keep in args.keep), "forward passes"), rows), flush=True)
+        config, sample = make(keep=keep, budget="macs"), samples[seed]
+        pruner = method(load(args.model), config, tokenizer)
+        batches = make_batches(sample, dense.config, config, causal=False, tokenizer=tokenizer)
+        floor = forward_seconds(dense, batches)
+        model = pruner.prune(sample, **({"label_column": task.label} if pruner.labels != "none" else {}))
+        result = Result.of(
+            pruner,
+            benchmark=f"{args.name or Path(args.model).name}, {task.title}{' (training examples)' if args.held_out else ''}",
+            metric=task.metric,
+            recipe=name,
+            seed=seed,
+            score=score(task, model, tokenizer, dev),
+            dense=before,
+            dense_seconds=floor,
+            pruned_seconds=forward_seconds(model, batches),
+        )
+        result.append(args.results)
+        found.append(result)
+        if seed == args.seeds[-1]:
+            print(by_keep(found), flush=True)
 
 
 def held_out(task: Task, train: Dataset, samples: Iterable[Dataset], count: int) -> Dataset:

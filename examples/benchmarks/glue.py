@@ -15,6 +15,7 @@ from scipy import stats
 
 @dataclass(frozen=True)
 class Task:
+    title: str
     columns: tuple[str, ...]
     label: str
     num_labels: int
@@ -39,9 +40,9 @@ def spearman(logits: torch.Tensor, labels: list[float]) -> float:
 
 
 TASKS = {
-    "sst2": Task(("sentence",), "label", 2, "accuracy", accuracy),
-    "stsb": Task(("sentence1", "sentence2"), "score", 1, "Spearman's correlation", spearman),
-    "cola": Task(("sentence",), "label", 2, "Matthews' correlation", matthews),
+    "sst2": Task("SST-2", ("sentence",), "label", 2, "accuracy", accuracy),
+    "stsb": Task("STS-B", ("sentence1", "sentence2"), "score", 1, "Spearman's correlation", spearman),
+    "cola": Task("CoLA", ("sentence",), "label", 2, "Matthews' correlation", matthews),
 }
 
 
