@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from .families import Group, weight
 from .linalg import add_to_gram, damped, solve_psd, symmetrize
-from .slicing import consumer_columns
+from .slicing import consumer_columns, set_weight, slice_group
 from .walk import BlockWalk
 
 
@@ -42,6 +42,31 @@ def corrected_consumer(
     change = solve_psd(damped(symmetrize(gram), ridge), cross).T
     corrected = (full[:, columns] + change[:, : len(columns)]).to(full.dtype)
     return corrected, (bias + change[:, -1]).to(bias.dtype) if constant and isinstance(bias, Tensor) else None
+
+
+def slice_and_correct(walk: BlockWalk, group: Group, keep: Tensor, ridge: float) -> None:
+    """Keep only the units `keep` of a group whose other units change with that, and have the consumer absorb the change too.
+
+    `W' = W_S + (G + ridge diag G)^-1 z_S^T (z W^T - z_S W_S^T)` with z what the consumer read before, z_S what it reads of the
+    same tokens afterwards, and G = z_S^T z_S. What it made before is kept for all tokens meanwhile.
+    """
+    full = weight(group.consumer)
+    wanted: list[Tensor] = []
+    walk.run(group.block, [group], lambda _, z: wanted.append((z @ full.T.to(z)).cpu()))
+    slice_group(group, keep)
+    small = weight(group.consumer)
+    width, out = small.shape[1], len(small)
+    sums = torch.zeros(width, width + out, dtype=torch.float64, device=small.device)
+    gram, cross = torch.split(sums, [width, out], dim=1)
+
+    def add(_: Group, z: Tensor) -> None:
+        add_to_gram(gram, z)
+        cross.add_(z.T @ (wanted.pop(0).to(z) - z @ small.T.to(z)))
+
+    walk.run(group.block, [group], add)
+    walk.processes.add_up(sums)
+    change = solve_psd(damped(symmetrize(gram), ridge), cross).T
+    set_weight(group.consumer, (small + change).to(small.dtype))
 
 
 def set_bias(linear: nn.Module, value: Tensor) -> None:

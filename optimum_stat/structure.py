@@ -22,6 +22,7 @@ KEY = "stat_pruning"
 FORMAT = 1
 SIZES = ("heads", "key_value_heads", "neurons")
 HIDDEN = "hidden"  # dimensions of the residual stream: only where some went
+INEXACT = "inexact"  # groups whose units change with each of them that goes; for the reader
 HEADS = "kept_heads"  # which ones, block by block: only where a bias that is made for all blocks has a share for each
 
 
@@ -42,7 +43,9 @@ def describe(model: Any) -> dict[str, Any]:
     biased = [kept_heads(group) for group in groups if group.biased is not None]
     width = weight(groups[0].consumer).shape[0]
     narrowed = {} if groups[-1].stack or width == model.config.hidden_size else {HIDDEN: width}
-    return {"format": FORMAT, **sizes, **narrowed, **({HEADS: biased} if biased else {})}
+    inexact = [group.name for group in groups if group.inexact]
+    others = {HEADS: biased, INEXACT: inexact}
+    return {"format": FORMAT, **sizes, **narrowed, **{name: value for name, value in others.items() if value}}
 
 
 def write_record(model: nn.Module) -> None:
@@ -133,7 +136,7 @@ def _check_form(record: Any) -> None:
             f"{KEY} in config.json has format {found!r}; this optimum-stat reads format {FORMAT}. "
             "A newer optimum-stat may know it: pip install -U optimum-stat."
         )
-    unknown = sorted(record.keys() - {"format", *SIZES, HIDDEN, HEADS})
+    unknown = sorted(record.keys() - {"format", *SIZES, HIDDEN, HEADS, INEXACT})
     if unknown:
         raise ValueError(f"{KEY} in config.json holds {', '.join(unknown)}, which format {FORMAT} does not have.")
     for name in SIZES:

@@ -20,7 +20,20 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 from test_slicing import random_plan
-from tiny import FIXED_STREAM, HIDDEN, LLAMAS, ROWS, accepted, auto_of, batches, data_of, outputs, predicted, tiny
+from tiny import (
+    FIXED_STREAM,
+    HIDDEN,
+    LLAMAS,
+    ROWS,
+    accepted,
+    auto_of,
+    batches,
+    checkpoint_activations,
+    data_of,
+    outputs,
+    predicted,
+    tiny,
+)
 from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassification, PreTrainedModel
 
 from optimum_stat.families import find_groups
@@ -232,7 +245,7 @@ def test_training_with_gradient_checkpointing_equals_training_without():
     for checkpointed in (False, True):
         model = pruned("llama").train()
         if checkpointed:
-            model.activation_checkpointing_enable()
+            checkpoint_activations(model)
         model(**batches()[0], labels=batches()[0]["input_ids"]).loss.backward()
         gradients.append([parameter.grad for parameter in model.parameters()])
     assert all(torch.equal(one, other) for one, other in zip(*gradients, strict=True))

@@ -293,6 +293,11 @@ def outputs(model: Any, batch: dict[str, Tensor]) -> Tensor:
     return torch.cat([(value[mask] if value.shape[:2] == mask.shape else value).flatten().float() for value in named])
 
 
+def checkpoint_activations(model: Any) -> None:
+    """By the name that the installed transformers has for it."""
+    (getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable)()
+
+
 def takes_positions(model: Any) -> bool:
     """Some count positions by themselves, or have none."""
     return model.config.model_type not in ("bloom", "deberta", "deberta-v2", "distilbert")

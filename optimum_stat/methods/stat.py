@@ -13,7 +13,7 @@ from torch import Tensor
 from ..budget import Ranking
 from ..card import Paper
 from ..config import PruningConfig
-from ..correction import corrected_consumer
+from ..correction import corrected_consumer, slice_and_correct
 from ..currency import Currency
 from ..data import Batches
 from ..families import Group, find_blocks, weight
@@ -173,6 +173,9 @@ class STATPruner(Pruner[STATConfig]):
                 keep = plan[group.name]
                 if self.config.published and group.structure == "heads":
                     keep = stat_published.choose_heads(_grams(walk, index, [group])[group.name], group, len(keep))
+                if group.inexact and not before_pruning:
+                    slice_and_correct(walk, group, keep, self.config.ridge)
+                    continue
                 corrected, _ = corrected_consumer(walk, group, keep, self.config.ridge)
                 waiting.append((group, keep, corrected))
                 if not before_pruning:
