@@ -118,7 +118,7 @@ def _asks(config: dict[str, Any]) -> dict[str, Any]:
     aside = {"latency_table"} if config["budget"] in ("latency", "memory") else {"latency_table", *serving}
     aside |= {"structures"} if config.get("structures") == defaults["structures"] else set()
     return {
-        name: "none" if value is None else " ".join(value) if isinstance(value, list) else value
+        name: "none" if value is None else ",".join(value) if isinstance(value, list) else value
         for name, value in config.items()
         if name not in aside and (value is not None or defaults.get(name) is not None)
     }

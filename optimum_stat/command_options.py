@@ -248,8 +248,13 @@ def _fields(node: ast.ClassDef) -> tuple[ConfigField, ...]:
 
 def _help(field: ConfigField) -> str:
     default = ast.literal_eval(field.default) if field.annotation.startswith("tuple") else field.default
-    shown = " ".join(default) if isinstance(default, tuple) else default.lower() if default == "None" else default
+    shown = ",".join(default) if isinstance(default, tuple) else default.lower() if default == "None" else default
     return f"{field.doc} (default: {shown})"
+
+
+def names(text: str) -> tuple[str, ...]:
+    """What stands between commas."""
+    return tuple(text.split(","))
 
 
 def number(text: str) -> int | None:
@@ -275,7 +280,7 @@ def _add_field(group: Any, field: ConfigField, text: str) -> None:
     if field.annotation == "bool":
         group.add_argument(field.flag, action=argparse.BooleanOptionalAction, **about)
     elif field.annotation.startswith("tuple"):
-        group.add_argument(field.flag, nargs="+", metavar="NAME", **about)
+        group.add_argument(field.flag, type=names, metavar="NAME,...", **about)
     else:
         kinds = {"float": float, "int": int, "int | None": number, "float | None": real}
         group.add_argument(field.flag, type=kinds.get(field.annotation, str), **about)

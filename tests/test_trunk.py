@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import argparse
 import copy
+import re
 from itertools import product
 from typing import Any
 
@@ -15,6 +17,7 @@ from torch import Tensor, nn
 
 from optimum_stat import FisherConfig, MovementConfig, STATConfig, STATPruner, SurgeonConfig, trunk
 from optimum_stat.budget import model_cost
+from optimum_stat.command_options import add_config_options, given_config
 from optimum_stat.families import find_blocks, find_groups, weight
 from optimum_stat.gradients import outputs_of
 from optimum_stat.narrowing import RIDGE, narrow_and_correct
@@ -214,3 +217,14 @@ def test_a_model_without_a_head_gives_its_stream_away():
     pruner = pruner_for("stat-fisher", tiny("llama", ""), structures=("hidden",))
     with pytest.raises(ValueError, match="has no head"):
         pruner.prune(many())
+
+
+def test_the_command_that_a_card_names_asks_for_the_structures(tmp_path):
+    pruner = pruner_for("stat-fisher", tiny("llama"), structures=("neurons", "hidden"))
+    pruner.prune(many())
+    pruner.save_pretrained(tmp_path / "small")
+    (flags,) = re.findall(r"--structures (\S+)", (tmp_path / "small" / "README.md").read_text())
+    parser = argparse.ArgumentParser()
+    add_config_options(parser)
+    args = parser.parse_args(["--structures", flags])
+    assert given_config(args)["structures"] == ("neurons", "hidden")

@@ -1,6 +1,6 @@
 """Perplexity of a pruned causal language model on WikiText-2, dense beside pruned, with the time of `prune`.
 
-    python examples/benchmarks/decoder_wikitext.py DATA MODEL [--gguf-file FILE] [--keep 0.75] [--recipes stat fisher] [--seeds 0 1]
+    python examples/benchmarks/decoder_wikitext.py DATA MODEL [--gguf-file FILE] [--keep 0.75] [--recipes stat] [--seeds 0 1 2]
 
 DATA: a folder with train_first3MB.txt and valid.txt. Calibration: 16 windows of 512 tokens of the training text, starts drawn
 with torch.randint under the seed. Score: exp of the mean negative log-likelihood over the first 12 windows of 512 tokens of
