@@ -25,7 +25,7 @@ from .labels import class_ids
 from .probes import device_of, quiet
 from .rows import Rows
 from .squad import answers, exact_match_and_f1
-from .timing import median_time
+from .timing import steady_time
 
 MASKED_SHARE = 0.15  # of the tokens, as in BERT's training
 
@@ -52,7 +52,7 @@ class Measured:
     macs: int | None
     """Multiply-adds of the blocks for one example of `num_tokens` tokens; None for families that cannot be pruned."""
     seconds: float
-    """Median wall time of a forward pass over it."""
+    """Wall time of a forward pass over it: the lower quartile of several."""
     num_tokens: int
     embeddings: Tensor | None = field(default=None, repr=False)
     """Of models without a head, [examples, hidden], float32 on the CPU: see `cosine`."""
@@ -72,7 +72,7 @@ def measure(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, d
     with quiet(model), torch.inference_mode():
         metrics, embeddings, example = _MEASURES[task](model, tokenizer, data)
         inputs = _to(example, model)
-        seconds = median_time(lambda: model(**inputs), device_of(model)) / 1e9
+        seconds = steady_time(lambda: model(**inputs), device_of(model)) / 1e9
     parameters, length = sum(parameter.numel() for parameter in model.parameters()), example["input_ids"].shape[1]
     macs = _macs(model, length)
     return Measured(task, metrics, parameters, macs, seconds, length, embeddings)

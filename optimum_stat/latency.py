@@ -25,7 +25,7 @@ from transformers.utils.logging import tqdm
 from .budget import options
 from .calls import Call
 from .families import Group, find_blocks, find_groups, groups_of_block, sliding_window
-from .timing import SECONDS, Setting, Workload, median_time, steady_ratio
+from .timing import SECONDS, Setting, Workload, steady_ratio, steady_time
 
 logger = logging.getLogger(__name__)
 SIZES = 32  # of a group that are tried
@@ -89,7 +89,7 @@ class LatencyTable:
     def compare(self, pruned: Any, keep: float, kept: Mapping[str, int]) -> Latency:
         """What was asked and predicted beside what the pruned model takes now. Call it inside `quiet(pruned)`."""
         work = Workload(pruned, self.setting)
-        measured = median_time(work.run_model(), work.device)
+        measured = steady_time(work.run_model(), work.device)
         asked, predicted = keep * self.total, self.predicted(kept)
         if abs(measured - predicted) > TOLERANCE * predicted:
             logger.warning(
@@ -148,24 +148,27 @@ def cache_folder() -> Path:
 def measure_table(model: Any, round_to: int, setting: Setting) -> LatencyTable:
     """Time the model, and copies of each kind of block at up to 32 sizes of its heads and of its neurons.
 
-    Every size is timed in turn with the dense block, so that what else the machine does meanwhile moves both, and as in a real
-    model no block finds its weights in the cache. Call it inside `quiet(model)`.
+    Every size is timed in turn with the dense block, so that what else the machine does meanwhile moves both, and before each as
+    much memory is read as the model's blocks take, so that as in a real model no block finds its weights in the cache. Call it
+    inside `quiet(model)`.
     """
     work = Workload(model, setting)
     calls, run, blocks = work.calls(), work.run_model(), work.blocks
-    total = median_time(run, work.device)
+    total = steady_time(run, work.device)
     sizes, times, known = dict[str, list[int]](), dict[str, list[int]](), dict[Any, dict[str, tuple[list[int], list[int]]]]()
     for index, block in enumerate(tqdm(blocks, desc="Timing", unit="block")):
         kind = _kind(model, index, block)
         if kind not in known:
             call = calls[index][0]
-            share = len(calls[index]) * steady_ratio(work.run_block(index, call), run, work.device)
+            share = len(calls[index]) * steady_ratio(work.run_block(index, call), run, work.device, before=work.forget)
             known[kind] = _time_block(work, index, call, round_to, round(share * total))
         for structure, (own_sizes, own_times) in known[kind].items():
             sizes[f"{index}.{structure}"], times[f"{index}.{structure}"] = own_sizes, own_times
-    # what blocks were timed at decides how they share what the model takes without the rest of it, not how much that is
-    rest = steady_ratio(work.run_without_blocks(calls), run, work.device)
-    scale = (1 - rest) * total / sum(times[f"{index}.heads"][-1] for index in range(len(blocks)))
+    together = sum(times[f"{index}.heads"][-1] for index in range(len(blocks)))
+    if setting.compiled:  # what is left of a compiled model without its blocks would not be compiled
+        scale = min(1.0, total / together)
+    else:  # what blocks were timed at decides how they share what the model takes without the rest of it, not how much that is
+        scale = (1 - min(MOST_SAVED, steady_ratio(work.run_without_blocks(calls), run, work.device))) * total / together
     times = {name: [int(scale * each) for each in own] for name, own in times.items()}
     return LatencyTable(setting, total, sizes, times)
 
@@ -194,7 +197,7 @@ def _time_sizes(work: Workload, index: int, call: Call, group: int, allowed: Seq
             for _ in range(COPIES):
                 work.start_over()
                 small, dense = work.run_block(index, call, group, size), work.run_block(index, call)
-                found.append(steady_ratio(small, dense, work.device, SECONDS / COPIES))
+                found.append(steady_ratio(small, dense, work.device, SECONDS / COPIES, work.forget))
             ratios[size] = min(1.0, statistics.median(found))
 
     step = allowed[0]

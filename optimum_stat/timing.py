@@ -24,6 +24,8 @@ from .families import Group, find_blocks, groups_of_block
 from .probes import device_of
 from .slicing import slice_group
 
+Before = Callable[[], Any] | None
+CACHE_BYTES = 1 << 26  # that stand between two runs of a block, if the model has as many: more than a core finds in its cache
 PAIRS = (8, 100)  # timings of one thing beside another: at least, at most
 SECONDS = 0.3  # for one of them, if so many timings fit into it
 
@@ -87,6 +89,8 @@ class Workload:
             )
         self.blocks = find_blocks(model)
         self._inputs = self._make_inputs()
+        size = sum(parameter.numel() * parameter.element_size() for parameter in self.blocks.parameters())
+        self._others = torch.ones(min(size, CACHE_BYTES) // 4, device=self.device)
 
     @torch.no_grad()
     def run_model(self) -> Callable[[], Any]:
@@ -112,6 +116,10 @@ class Workload:
         run = self._compiled(block)
         cache = next((value for value in (*args, *kwargs.values()) if isinstance(value, Cache)), None)
         return _restoring(cache, lambda: run(*args, **kwargs))
+
+    def forget(self) -> None:
+        """Read as much as a forward pass does between two runs of one block, so that this finds as little in the cache."""
+        self._others.sum()
 
     def run_without_blocks(self, calls: list[list[Call]]) -> Callable[[], Any]:
         """One forward pass of the model, each of whose blocks returns what it reads."""
@@ -191,27 +199,38 @@ def _sliced(value: Any, index: int, group: Group, size: int) -> Any:
     return own
 
 
-@torch.no_grad()
-def median_time(run: Callable[[], Any], device: torch.device) -> int:
-    """Median nanoseconds of a call, after two that do not count."""
-    once = max(_timed(run, device), _timed(run, device))
-    times = [_timed(run, device) for _ in range(_repeats(once))]
-    return round(statistics.median(times))
+def steady_time(run: Callable[[], Any], device: torch.device) -> int:
+    """Lower quartile of the nanoseconds of a call: what else a machine does only ever adds to a time."""
+    return round(statistics.quantiles([own for own, _ in pairs(run, run, device)], n=4)[0])
 
 
-def steady_ratio(run: Callable[[], Any], beside: Callable[[], Any], device: torch.device, seconds: float = SECONDS) -> float:
+def steady_ratio(
+    run: Callable[[], Any], beside: Callable[[], Any], device: torch.device, seconds: float = SECONDS, before: Before = None
+) -> float:
     """Ratio of the lower quartiles of their times, taken in turn: what else a machine does only ever adds to a time."""
-    own, other = zip(*pairs(run, beside, device, seconds), strict=True)
+    own, other = zip(*pairs(run, beside, device, seconds, before), strict=True)
     return statistics.quantiles(own, n=4)[0] / statistics.quantiles(other, n=4)[0]
 
 
 @torch.no_grad()
 def pairs(
-    run: Callable[[], Any], beside: Callable[[], Any], device: torch.device, seconds: float = SECONDS
+    run: Callable[[], Any], beside: Callable[[], Any], device: torch.device, seconds: float = SECONDS, before: Before = None
 ) -> list[tuple[int, int]]:
-    """Nanoseconds of both, taken in turn, after two of each that do not count."""
-    once = max(_timed(run, device) + _timed(beside, device) for _ in range(2))
-    timed = [(_timed(beside, device), _timed(run, device)) for _ in range(_repeats(once, seconds))]
+    """Nanoseconds of both, taken in turn, after two of each that do not count; `before` each, something that does not either."""
+    both = [beside, run]
+
+    def once() -> tuple[int, int]:
+        found = []
+        for each in both:
+            if before is not None:
+                before()
+            found.append(_timed(each, device))
+        return found[0], found[1]
+
+    start = time.perf_counter_ns()
+    once()
+    once()
+    timed = [once() for _ in range(_repeats((time.perf_counter_ns() - start) // 2, seconds))]
     return [(own, other) for other, own in timed]
 
 

@@ -434,6 +434,7 @@ def test_a_profile_is_remembered_for_prune(tmp_path: Path) -> None:
 
 
 @pytest.mark.full
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's own, from inside its compiler
 def test_compiled_models_are_timed_compiled() -> None:
     model = tiny("llama", num_hidden_layers=1)
     with quiet(model):
