@@ -143,7 +143,7 @@ _SMALL = {**_EXPERTS, "moe_intermediate_size": 32, "num_experts": 4, "decoder_sp
 MIXTURES: dict[str, tuple[str, dict[str, Any]]] = {
     "gpt_oss": ("CausalLM", {**_EXPERTS, "num_local_experts": 4, "head_dim": 8, "sliding_window": 6}),
     "mixtral": ("CausalLM", {**_EXPERTS, "num_local_experts": 4, "sliding_window": None}),
-    "qwen2_moe": ("CausalLM", {**_SMALL, "shared_expert_intermediate_size": 28}),
+    "qwen2_moe": ("CausalLM", {**_SMALL, "shared_expert_intermediate_size": NEURONS}),
     "qwen3_moe": ("CausalLM", {**_SMALL, "head_dim": 8}),
     "qwen3_moe, first dense": ("CausalLM", {**_SMALL, "head_dim": 8, "mlp_only_layers": [0]}),
 }
