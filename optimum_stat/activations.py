@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -25,8 +26,10 @@ class Activations:
         self._like = [torch.empty_like(each, device="meta") for each in tensors]
         self._devices = [each.device for each in tensors]
         self._kept: list[Tensor] | None = None if on_disk else tensors
-        self._file: Any = tempfile.TemporaryFile() if on_disk else None  # noqa: SIM115
+        self._file: Any = None
         if on_disk:
+            self._file = tempfile.TemporaryFile()  # noqa: SIM115
+            weakref.finalize(self, self._file.close)
             for index, each in enumerate(tensors):
                 self[index] = each
 

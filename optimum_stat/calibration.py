@@ -18,6 +18,7 @@ from .experts import opened_in
 from .families import task_of
 from .journal import Journal
 from .media import make_media_batches
+from .offload import is_offloaded
 from .processes import Processes
 
 if TYPE_CHECKING:
@@ -37,6 +38,18 @@ def read(pruner: Pruner[Any], dataset: Any, text_columns: Sequence[str] | None, 
     else:
         batches = make_media_batches(dataset, model, pruner.config, processor=pruner.tokenizer, **asked)
     return replace(batches, processes=Processes.launched())
+
+
+def refuse_offloaded(pruner: Pruner[Any]) -> None:
+    """Raise if some weights are not in memory and the run needs all of them at once."""
+    config = pruner.config
+    if is_offloaded(pruner.model) and (config.trunk or config.distill_epochs or config.budget in ("latency", "memory")):
+        raise ValueError(
+            "Some weights of the model are offloaded, and one block at a time can be worked on: no layers or hidden dimensions, "
+            "no distillation, and a budget of params or macs."
+        )
+    if is_offloaded(pruner.model) and pruner.counts == "weights":
+        raise ValueError("Some weights of the model are offloaded: only whole units can be pruned, not single weights.")
 
 
 def open_journal(pruner: Pruner[Any], folder: str | Path | None, batches: Batches) -> Journal:

@@ -7,6 +7,7 @@ import errno
 import json
 import shutil
 import tempfile
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -21,7 +22,8 @@ from torch import nn
 from transformers import AutoConfig, AutoProcessor, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from . import card, remote_code
-from .blocks import modalities
+from .blocks import find_blocks, modalities
+from .offload import is_offloaded
 from .processes import Processes
 from .recipe import make_recipe
 from .structure import KEY, describe
@@ -166,7 +168,9 @@ def write_repo(pruner: Pruner[Any], folder: Path, name: str, public: bool = Fals
     auto_map = remote_code.write(pruner.model, folder)
     pruner.model.config.auto_map = auto_map
     try:
-        pruner.model.save_pretrained(folder, **kwargs)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Attempting to save a model with offloaded modules")  # a shard at a time: it fits
+            pruner.model.save_pretrained(folder, **{**shard_size(pruner.model), **kwargs})
     finally:
         del pruner.model.config.auto_map
     if pruner.tokenizer is not None:
@@ -176,6 +180,14 @@ def write_repo(pruner: Pruner[Any], folder: Path, name: str, public: bool = Fals
         recipe["base_model"] = f"./{Path(recipe['base_model']).name}"
     (folder / RECIPE).write_text(json.dumps(recipe, indent=2) + "\n")
     card.write(folder, recipe, name, pruner.paper)
+
+
+def shard_size(model: PreTrainedModel) -> dict[str, int]:
+    """Of an offloaded model shards no larger than a block, or the largest weight: each has to be in memory to be written."""
+    if not is_offloaded(model):
+        return {}
+    blocks = [sum(p.numel() * p.element_size() for p in block.parameters()) for block in find_blocks(model)]
+    return {"max_shard_size": max(max(blocks), *(p.numel() * p.element_size() for p in model.parameters()))}
 
 
 def check_record(model: PreTrainedModel) -> None:

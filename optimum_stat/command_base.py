@@ -15,6 +15,8 @@ from typing import Any, NoReturn, final
 
 from optimum.commands.base import BaseOptimumCLICommand
 
+from . import command_options
+
 Result = tuple[str, dict[str, Any]]
 LOGGER = logging.getLogger("optimum_stat")
 MAIN = int(os.environ.get("RANK", "0")) == 0  # of the processes that a launcher started
@@ -61,8 +63,15 @@ def check_model(model: str) -> None:
 
 def loading(args: Any) -> dict[str, Any]:
     """What goes to from_pretrained."""
-    names = ("dtype", "device_map", "revision", "gguf_file", "trust_remote_code")
-    return {name: getattr(args, name) for name in names if getattr(args, name)}
+    names = ("dtype", "device_map", "offload_folder", "revision", "gguf_file", "trust_remote_code")
+    found = {name: getattr(args, name) for name in names if getattr(args, name)}
+    try:
+        max_memory = command_options.given_max_memory(args)
+    except ValueError as error:
+        raise WrongArguments(str(error)) from error
+    if (max_memory or args.offload_folder) and not args.device_map:
+        raise WrongArguments("--max-memory and --offload-folder go with --device-map, such as --device-map auto.")
+    return {**found, **({"max_memory": max_memory} if max_memory else {})}
 
 
 def device(args: Any) -> Any:

@@ -198,6 +198,8 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--dtype", help="float32, bfloat16, float16 (default: as the weights are stored)")
     group.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: cuda if there is one, else cpu)")
     group.add_argument("--device-map", help="as in transformers, such as auto; instead of --device")
+    add_placing_options(group)
+    group.add_argument("--offload-folder", metavar="FOLDER", help="for weights that are left on the disk; as in transformers")
     group.add_argument("--revision", help="branch, tag or commit of the model's repo")
     group.add_argument("--gguf-file", metavar="NAME", help="load this file of the model's folder or repo")
     group.add_argument("--trust-remote-code", action="store_true", help="run the Python code that the model's repo holds")

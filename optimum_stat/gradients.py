@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -12,10 +12,12 @@ import torch
 from torch import Tensor, nn
 from transformers.utils.logging import tqdm
 
+from .block_passes import passes_by_block
 from .blocks import find_stacks, mask_of_output
 from .data import Batches
 from .families import Group, find_blocks, masks_of_linears, weight
 from .labels import loss_gradients
+from .offload import is_offloaded
 from .probes import Prediction, device_of, on_consumer_input, on_output_gradient, predictions, real_rows, small_parts
 from .processes import Processes
 
@@ -62,8 +64,7 @@ def outputs_of(model: nn.Module, modules: Mapping[str, nn.Module], batches: Batc
             counted[name] = passes.part
             num_tokens[name] += len(rows[0])
 
-    with on_output_gradient(modules, add):
-        passes.run()
+    passes.run(lambda: on_output_gradient(modules, add))
     found = [totals[name] for name in modules]
     batches.processes.add_up(*found, *num_tokens.values())
     return {name: Output(*(total / num_tokens[name])) for name, total in zip(modules, found, strict=True)}
@@ -117,8 +118,13 @@ def sensitivities(
         z.register_hook(partial(add, group, z.detach()))  # type: ignore[no-untyped-call]
 
     consumers = {group.name: group.consumer for group in groups}
-    with on_consumer_input(groups, watch), on_output_gradient(consumers, add_output):
-        passes.run()
+
+    @contextmanager
+    def hooks() -> Iterator[None]:
+        with on_consumer_input(groups, watch), on_output_gradient(consumers, add_output):
+            yield
+
+    passes.run(hooks)
     for group in groups:
         batches.processes.add_up(masks[group.name], output_sums[group.name])
     return {name: Sensitivity(own, output_sums[name]) for name, own in masks.items()}
@@ -177,20 +183,34 @@ class Passes:
         """The rows of the real tokens of the part at hand, which its input `mask` names; none if the part does not count."""
         return real_rows(rows, self.inputs.get(mask)) if self._own else rows.reshape(-1, rows.shape[-1])[:0]
 
-    def run(self) -> None:
-        """All parts, one after the other."""
+    def run(self, hooks: Callable[[], AbstractContextManager[Any]]) -> None:
+        """All parts, one after the other, with `hooks` in place; of an offloaded model with one block at a time in memory."""
+        # one without a part of its own looks at the first, to know what there is to sum, and counts nothing
+        own = list(self._own or range(1))
+        if is_offloaded(self._model) and len(find_stacks(self._model)) == 1:
+            with torch.enable_grad():
+                inputs = [self._at(part) for part in own]
+                start, at = (lambda i, output: self._start(own[i], output)), (lambda i: self._at(own[i]))
+                passes_by_block(self._model, inputs, start, at, hooks, self._first or 0)
+            return
         starts = first_blocks(self._model)
         if self._first is not None:
             starts = [find_blocks(self._model)[self._first], *starts[1:]]
-        with torch.enable_grad(), differentiable_from(starts):
-            # one without a part of its own looks at the first, to know what there is to sum, and counts nothing
-            for part in tqdm(self._own or range(1), **self._bar):
-                self.part, (inputs, labels) = part, self._parts[part]
-                inputs = {name: value.to(device_of(self._model)) for name, value in inputs.items()}
-                self.inputs = inputs
-                output = self._model(**inputs)
-                outputs, given = self._loss.gradients(self.part, output, inputs, labels)
-                torch.autograd.backward(outputs, given if self._own else [torch.zeros_like(each) for each in given])
+        with torch.enable_grad(), differentiable_from(starts), hooks():
+            for part in tqdm(own, **self._bar):
+                torch.autograd.backward(*self._start(part, self._model(**self._at(part))))
+
+    def _at(self, part: int) -> dict[str, Tensor]:
+        """Go to this part; its inputs."""
+        device = device_of(self._model)
+        self.part, self.inputs = part, {name: value.to(device) for name, value in self._parts[part][0].items()}
+        return self.inputs
+
+    def _start(self, part: int, output: Any) -> tuple[list[Tensor], list[Tensor]]:
+        """The predictions for this part, and the gradient at each."""
+        inputs, labels = self._at(part), self._parts[part][1]
+        outputs, given = self._loss.gradients(part, output, inputs, labels)
+        return outputs, given if self._own else [torch.zeros_like(each) for each in given]
 
 
 def first_blocks(model: nn.Module) -> list[nn.Module]:

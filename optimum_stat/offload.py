@@ -6,7 +6,9 @@ every call. Here a block is fetched once, for all batches, and what has changed 
 
 from __future__ import annotations
 
+import shutil
 import tempfile
+import weakref
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -40,8 +42,8 @@ def brought_in(block: nn.Module) -> Iterator[None]:
     try:
         yield
     finally:
-        changed = {name for name, own in fetched.items() if _differs(block.get_submodule(name), own)}
-        _store(block, {name: away[name] for name in changed})
+        if any(_differs(block.get_submodule(name), own) for name, own in fetched.items()):
+            _store(block, away)
         for name, hook in away.items():
             _leave(block.get_submodule(name))
             hook.offload = True
@@ -60,9 +62,23 @@ def _fetch(module: nn.Module, hook: Any) -> dict[str, nn.Parameter]:
     found: dict[str, nn.Parameter] = {}
     for name, old in module._parameters.items():
         if old is not None and old.device.type == "meta":
-            value = hook.weights_map[name].to(hook.execution_device)
+            value = _copied(hook.weights_map[name]).to(hook.execution_device)
             module._parameters[name] = found[name] = nn.Parameter(value, bool(old.requires_grad))
     return found
+
+
+def _copied(value: Tensor) -> Tensor:
+    """So that the file is not mapped any longer: maps of whole files count where memory is limited.
+
+    It begins as far from a multiple of 64 bytes as the original does: kernels round otherwise where memory is aligned otherwise,
+    and a model that was loaded whole reads its weights from where they stand in the file.
+    """
+    if value.device.type != "cpu" or not value.is_contiguous():
+        return value.clone()
+    width = value.element_size()
+    raw = torch.empty(value.numel() + 128 // width, dtype=value.dtype)
+    start = (value.data_ptr() - raw.data_ptr()) % 64 // width
+    return raw[start : start + value.numel()].view(value.shape).copy_(value)
 
 
 def _differs(module: nn.Module, fetched: Mapping[str, nn.Parameter]) -> bool:
@@ -94,10 +110,14 @@ def _store(block: nn.Module, hooks: Mapping[str, Any]) -> None:
 
 
 class _Written(OffloadedWeightsLoader):
-    """Weights in a file of their own, which goes when nobody reads it any more."""
+    """Weights in a file of their own, which goes when nobody reads it any more. What is read is a copy."""
 
     def __init__(self, folder: str | Path | None, weights: Mapping[str, Tensor]):
-        self._folder = tempfile.TemporaryDirectory(prefix="pruned-", dir=folder)
-        path = str(Path(self._folder.name, "block.safetensors"))
+        own = tempfile.mkdtemp(prefix="pruned-", dir=folder)
+        weakref.finalize(self, shutil.rmtree, own, ignore_errors=True)
+        path = str(Path(own, "block.safetensors"))
         save_file({name: value.contiguous() for name, value in weights.items()}, path)
         super().__init__(save_folder=folder, index={name: {"safetensors_file": path} for name in weights})
+
+    def __getitem__(self, key: str) -> Tensor:
+        return _copied(super().__getitem__(key))

@@ -250,6 +250,7 @@ class Pruner(ABC, Generic[C]):
         """Read the data, fix what is counted, and refuse what cannot be done; the model is not touched."""
         model = self.model
         check_finite(model)
+        calibration.refuse_offloaded(self)
         batches = self._read(dataset, text_columns, label_column)
         self.stages.clear()
         self._currency = Currency.of(model, self.config, batches, self.cost(batches), self.timer())

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from .experts import is_open, slice_stacked
-from .families import Group, HandedOn, Producer, find_groups, weight
+from .families import Group, HandedOn, Producer, find_blocks, find_groups, weight
+from .offload import brought_in
 
 Plan = Mapping[str, Tensor]
 """Group name -> the units to keep, in the order in which they shall stand afterwards."""
@@ -19,9 +20,11 @@ Plan = Mapping[str, Tensor]
 @torch.no_grad()
 def slice_model(model: nn.Module, plan: Plan) -> None:
     """Keep only the planned units of every group named in `plan`; groups that lose nothing are not touched."""
+    blocks = find_blocks(model)
     for group in find_groups(model):
-        if group.name in plan:
-            slice_group(group, plan[group.name])
+        if group.name in plan and len(plan[group.name]) != group.units:
+            with brought_in(blocks[group.block]):
+                slice_group(group, plan[group.name])
 
 
 @torch.no_grad()

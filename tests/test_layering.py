@@ -43,6 +43,7 @@ LAYERS = (
         "timing",
         "speed",
         "currency",
+        "block_passes",
         "block_state",
         "calls",
         "correction",

@@ -14,8 +14,9 @@ from ..card import Paper
 from ..config import PruningConfig
 from ..correction import corrected_consumer, set_bias
 from ..data import Batches
-from ..families import Group, find_groups, weight
+from ..families import Group, find_blocks, find_groups, weight
 from ..linalg import backward_elimination, cholesky
+from ..offload import brought_in
 from ..probes import num_predictions
 from ..pruner import Pruner
 from ..report import Lines, TimedStage
@@ -172,9 +173,10 @@ class SurgeonPruner(Pruner[SurgeonConfig]):
         for group in groups:
             by_block.setdefault(group.block, []).extend(layers[group.name])
         for block, factors in factors_by_block(self.model, by_block, batches, self.config.labels, self.config.seed):
-            for group in groups:
-                if group.block == block:
-                    yield group, {layer: factors.pop(layer) for layer in layers[group.name]}
+            with brought_in(find_blocks(self.model)[block]):
+                for group in groups:
+                    if group.block == block:
+                        yield group, {layer: factors.pop(layer) for layer in layers[group.name]}
 
     def rank(self, groups: list[Group], stats: Iterable[tuple[Group, Mapping[nn.Module, Factors]]]) -> Ranking:
         """Backward elimination in the metric of G per group (published: each unit's own cost)."""

@@ -100,8 +100,7 @@ def measure_factors(
     loss = Loss(model, parts, seed, from_labels=labels == "data" and has_loss(model, batches))
     passes = Passes(model, parts, loss, batches.processes, "Curvature", first_block=first)
     sums = _Sums.of(linears, passes, masks_of_linears(model))
-    with _watched(linears, sums):
-        passes.run()
+    passes.run(lambda: _watched(linears, sums))
     return sums.finish(model, batches.processes)
 
 
@@ -123,8 +122,7 @@ class _Sums:
 
     @classmethod
     def of(cls, linears: Iterable[nn.Module], passes: Passes, masks: Mapping[nn.Module, str]) -> _Sums:
-        gradients = {linear: _square(len(weight(linear)), linear) for linear in linears}
-        return cls({}, gradients, {}, passes, masks, {linear: torch.zeros(1, dtype=torch.float64) for linear in gradients}, [])
+        return cls({}, {}, {}, passes, masks, {linear: torch.zeros(1, dtype=torch.float64) for linear in linears}, [])
 
     def add_input(self, linear: nn.Module, a: Tensor) -> None:
         if self.part != self.passes.part:
@@ -141,6 +139,8 @@ class _Sums:
 
     def add_gradient(self, linear: nn.Module, gradient: Tensor) -> None:
         rows = _single(self.passes.real_rows(gradient, self.masks[linear]))
+        if linear not in self.gradients:
+            self.gradients[linear] = _square(rows.shape[1], linear)
         add_to_gram(self.gradients[linear], rows)
         self.num_tokens[linear] += len(rows)
 

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from ..correction import set_bias
 from ..families import Group, weight
+from ..offload import brought_in
 from ..slicing import Plan, consumer_columns, set_weight
 from .surgeon_curvature import Factors
 from .surgeon_kfac import column_costs, damped_inverse, remove_columns, remove_rows, row_costs
@@ -61,9 +62,10 @@ def update(
                 own = factors[side.linear]
                 waiting.append((side.linear, _updated(side.linear, lines, own, damping, max_correlate, consumer=index == 0)))
     for linear, (value, bias) in waiting:
-        set_weight(linear, value)
-        if bias is not None:
-            set_bias(linear, bias)
+        with brought_in(linear):
+            set_weight(linear, value)
+            if bias is not None:
+                set_bias(linear, bias)
 
 
 def _sides(group: Group) -> list[_Side]:

@@ -1,0 +1,116 @@
+"""Memory and time of STAT on a random Llama (bf16) whose blocks stay on the disk, under a hard limit of the memory.
+
+    python examples/benchmarks/offload_memory.py [--hidden 2560 --neurons 6912 --heads 20 --layers 34] [--keep 0.7]
+        [--num-tokens 8192] [--metric stream] [--limit 2.5] [--in-memory]
+
+The defaults are about 2.5 billion parameters, 5 GB on the disk. The model is made in a process of its own. Printed is the peak of
+the resident set above what the bare imports take; --limit, in GB above the imports, is set as RLIMIT_DATA: beyond it the
+system refuses memory. --in-memory prunes the same model loaded whole, without a limit, for comparison.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+VOCABULARY, SEQ_LEN = 32000, 512
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--hidden", type=int, default=2560)
+    parser.add_argument("--neurons", type=int, default=6912)
+    parser.add_argument("--heads", type=int, default=20)
+    parser.add_argument("--layers", type=int, default=34)
+    parser.add_argument("--vocabulary", type=int, default=VOCABULARY)
+    parser.add_argument("--keep", type=float, default=0.7)
+    parser.add_argument("--num-tokens", type=int, default=8192)
+    parser.add_argument("--metric", default="stream")
+    parser.add_argument("--limit", type=float, default=2.5)
+    parser.add_argument("--in-memory", action="store_true")
+    parser.add_argument("--folder", type=Path, help="where the model is, or is to be made (default: a temporary folder)")
+    parser.add_argument("--step", choices=("make", "prune"), help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.step:
+        {"make": make, "prune": prune}[args.step](args)
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        where = args.folder or Path(folder)
+        again = [sys.executable, __file__, *sys.argv[1:], "--folder", str(where), "--step"]
+        if not (where / "dense" / "config.json").exists():
+            subprocess.run([*again, "make"], check=True)
+        subprocess.run([*again, "prune"], check=True)
+
+
+def make(args: argparse.Namespace) -> None:
+    """The model, with random weights."""
+    import torch
+    import transformers
+
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        hidden_size=args.hidden,
+        intermediate_size=args.neurons,
+        num_attention_heads=args.heads,
+        num_key_value_heads=max(1, args.heads // 4),
+        num_hidden_layers=args.layers,
+        vocab_size=args.vocabulary,
+        max_position_embeddings=SEQ_LEN,
+        dtype="bfloat16",
+    )
+    model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    model.save_pretrained(args.folder / "dense", max_shard_size="500MB")
+
+
+def prune(args: argparse.Namespace) -> None:
+    """Under the limit; prints one JSON object."""
+    import torch
+
+    from optimum_stat import STATConfig, STATPruner
+    from optimum_stat.methods import METHODS
+
+    before, data = _bytes("VmRSS"), _bytes("VmData")
+    if not args.in_memory:
+        limit = int(data + args.limit * 1e9)
+        resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
+    embeddings = 2 * args.vocabulary * args.hidden
+    offload = args.folder / "offload"
+    placing = (
+        {} if args.in_memory else {"device_map": "auto", "max_memory": {"cpu": int(embeddings * 1.3)}, "offload_folder": offload}
+    )
+    config = STATConfig(keep=args.keep, metric=args.metric)
+    pruner = STATPruner.from_pretrained(args.folder / "dense", config, **placing)
+    tokens = torch.randint(3, args.vocabulary, (args.num_tokens // SEQ_LEN, SEQ_LEN))
+    start = time.perf_counter()
+    pruner.prune(tokens)
+    seconds = time.perf_counter() - start
+    pruned = args.folder / ("pruned-in-memory" if args.in_memory else "pruned")
+    pruner.save_pretrained(pruned)
+    found = {
+        "method": METHODS[0].method,
+        "parameters": pruner.report.dense.params,
+        "left": pruner.report.pruned.params,
+        "offloaded": not args.in_memory,
+        "prune_seconds": round(seconds, 1),
+        "save_seconds": round(time.perf_counter() - start - seconds, 1),
+        "peak_gb_above_imports": round((_bytes("VmHWM") - before) / 1e9, 3),
+        "imports_gb": round(before / 1e9, 3),
+        "limit_gb": None if args.in_memory else args.limit,
+        "stages": {name: round(stage.seconds, 1) for name, stage in pruner.report.stages.items()},
+    }
+    print(json.dumps(found))
+
+
+def _bytes(name: str) -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(name))
+
+
+if __name__ == "__main__":
+    main()
