@@ -87,7 +87,7 @@ def errors(report: Mapping[str, Any]) -> Any:
         axis.set_yscale("log")
         _share_axis(axis, of_y=False)
         axis.set_xlabel(f"{structure} kept")
-    axes[0].set_ylabel("expected error")
+    axes[0].set_ylabel("scores of what goes" if report.get("training") else "expected error")
     _blocks_legend(figure, blocks)
     return figure
 
