@@ -23,7 +23,7 @@ from transformers import AutoConfig, AutoProcessor, AutoTokenizer, PreTrainedMod
 
 from . import card, remote_code
 from .blocks import find_blocks, modalities
-from .offload import is_offloaded
+from .offload import is_offloaded, reading_copies
 from .processes import Processes
 from .recipe import make_recipe
 from .structure import KEY, describe
@@ -168,7 +168,7 @@ def write_repo(pruner: Pruner[Any], folder: Path, name: str, public: bool = Fals
     auto_map = remote_code.write(pruner.model, folder)
     pruner.model.config.auto_map = auto_map
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), reading_copies(pruner.model):
             warnings.filterwarnings("ignore", "Attempting to save a model with offloaded modules")  # a shard at a time: it fits
             pruner.model.save_pretrained(folder, **{**shard_size(pruner.model), **kwargs})
     finally:

@@ -41,7 +41,7 @@ class Command(BaseOptimumCLICommand):
     def run(self) -> None:
         """Exit codes: 0, 1 (it went wrong), 2 (wrong arguments), 130 (Ctrl-C)."""
         try:
-            with redirect_stdout(sys.stderr), _messages(self.args.quiet or not MAIN), _parted():
+            with redirect_stdout(sys.stderr), _messages(self.args.quiet or not MAIN, self.args.log_json), _parted():
                 text, values = self.work()
         except KeyboardInterrupt:
             _fail(130, "interrupted")
@@ -110,16 +110,16 @@ def _parted() -> Iterator[None]:
 
 
 @contextmanager
-def _messages(quiet: bool) -> Iterator[None]:
+def _messages(quiet: bool, as_json: bool) -> Iterator[None]:
     """Our notes and warnings on standard error, or none of them, nor progress bars; all as before afterwards."""
     handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(_Formatter())
+    handler.setFormatter(_JsonFormatter() if as_json else _Formatter())
     before = LOGGER.level, LOGGER.propagate
-    LOGGER.setLevel(logging.ERROR if quiet else logging.INFO)
+    LOGGER.setLevel(logging.ERROR if quiet else logging.DEBUG if as_json else logging.INFO)
     LOGGER.propagate = False
     LOGGER.addHandler(handler)
     try:
-        with _silenced() if quiet else nullcontext():
+        with _silenced() if quiet or as_json else nullcontext():
             yield
     finally:
         LOGGER.removeHandler(handler)
@@ -153,6 +153,12 @@ def _silenced() -> Iterator[None]:
 class _Formatter(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
         return f"{'note' if record.levelno <= logging.INFO else record.levelname.lower()}: {record.getMessage()}"
+
+
+class _JsonFormatter(logging.Formatter):
+    def format(self, record: logging.LogRecord) -> str:
+        own = {"level": record.levelname.lower(), "message": record.getMessage()}
+        return json.dumps({"time": round(record.created, 3), **own, **getattr(record, "progress", {})})
 
 
 def _line(error: Exception) -> str:

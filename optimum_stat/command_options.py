@@ -230,6 +230,9 @@ def add_output_options(parser: argparse.ArgumentParser) -> None:
     """What to print."""
     group = parser.add_argument_group("output")
     group.add_argument("--json", action="store_true", help="print one JSON object, and nothing else, on standard output")
+    group.add_argument(
+        "--log-json", action="store_true", help="notes, warnings and progress as JSON, an object a line, on standard error"
+    )
     group.add_argument("--quiet", action="store_true", help="no progress bars, notes and warnings")
     group.add_argument("--debug", action="store_true", help="show where an error came from")
 

@@ -49,6 +49,19 @@ def brought_in(block: nn.Module) -> Iterator[None]:
             hook.offload = True
 
 
+@contextmanager
+def reading_copies(model: nn.Module) -> Iterator[None]:
+    """While offloaded weights are read one after the other and kept, as for a shard of a file: do not keep their files mapped."""
+    before = [(hook, hook.weights_map) for hook in map(_hook, model.modules()) if hook is not None]
+    try:
+        for hook, weights in before:
+            hook.weights_map = _Copies(weights)
+        yield
+    finally:
+        for hook, weights in before:
+            hook.weights_map = weights
+
+
 def _hook(module: nn.Module) -> Any:
     """The hook that fetches this module's weights, if it has one that is at work."""
     outer = module.__dict__.get("_hf_hook")
@@ -107,6 +120,17 @@ def _store(block: nn.Module, hooks: Mapping[str, Any]) -> None:
         loader = _Written(folder, {f"{name}.{key}": value for name, own in on_disk.items() for key, value in own.items()})
         for name in on_disk:
             hooks[name].weights_map = PrefixedDataset(loader, f"{name}.")
+
+
+class _Copies(dict[str, Tensor]):
+    """What a map of weights holds, read when it is asked for."""
+
+    def __init__(self, weights: Mapping[str, Tensor]):
+        super().__init__()
+        self._weights = weights
+
+    def __getitem__(self, key: str) -> Tensor:
+        return _copied(self._weights[key])
 
 
 class _Written(OffloadedWeightsLoader):

@@ -11,7 +11,6 @@ from contextlib import suppress
 
 import torch
 from torch import Tensor, nn
-from transformers.utils.logging import tqdm
 
 from . import block_state
 from .activations import Activations
@@ -22,6 +21,7 @@ from .families import Group, applications_of, find_blocks
 from .journal import Journal
 from .offload import brought_in
 from .probes import Visit, device_of, on_consumer_input, real_rows
+from .progress import each_block
 
 CHUNK = 2048
 
@@ -45,7 +45,7 @@ class BlockWalk:
         self._calls: list[list[list[Call]]] = []
         self._finished: list[tuple[Returned, Activations]] = []  # stack after stack, what its last block returned
         self._returned: Returned | None = None
-        self._batches = self._own(batches)
+        self._batches, self._num_tokens = self._own(batches), batches.num_tokens // batches.processes.count
         self._enter(0)
 
     def _enter(self, position: int) -> None:
@@ -142,7 +142,8 @@ class BlockWalk:
         has. `beside`: other walks over the same blocks, which keep pace.
         """
         first = self._resumed(what, (self, *beside))
-        for index in tqdm(range(first, len(self.blocks)), desc=what, unit="block", initial=first, total=len(self.blocks)):
+        device, shown = device_of(self._model), self.processes.is_main
+        for index in each_block(what, first, len(self.blocks), self._num_tokens, device, shown=shown):
             block = self.blocks[index]
             with brought_in(block):
                 before = dict(block.named_parameters())
