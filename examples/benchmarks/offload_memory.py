@@ -4,8 +4,8 @@
         [--num-tokens 8192] [--metric stream] [--limit 2.5] [--in-memory]
 
 The defaults are about 2.5 billion parameters, 5 GB on the disk. The model is made in a process of its own. Printed is the peak of
-the resident set above what the bare imports take; --limit, in GB above the imports, is set as RLIMIT_DATA: beyond it the
-system refuses memory. --in-memory prunes the same model loaded whole, without a limit, for comparison.
+the resident set above what the bare imports take; --limit, in GB above the imports, is set as RLIMIT_DATA once the model is there:
+beyond it the system refuses memory. --in-memory prunes the same model loaded whole, without a limit, for comparison.
 """
 
 from __future__ import annotations
@@ -76,9 +76,6 @@ def prune(args: argparse.Namespace) -> None:
     from optimum_stat.methods import METHODS
 
     before, data = _bytes("VmRSS"), _bytes("VmData")
-    if not args.in_memory:
-        limit = int(data + args.limit * 1e9)
-        resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
     embeddings = 2 * args.vocabulary * args.hidden
     offload = args.folder / "offload"
     placing = (
@@ -86,6 +83,9 @@ def prune(args: argparse.Namespace) -> None:
     )
     config = STATConfig(keep=args.keep, metric=args.metric)
     pruner = STATPruner.from_pretrained(args.folder / "dense", config, **placing)
+    if not args.in_memory:  # from_pretrained maps all files at once, which takes addresses but no memory
+        limit = int(data + args.limit * 1e9)
+        resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
     tokens = torch.randint(3, args.vocabulary, (args.num_tokens // SEQ_LEN, SEQ_LEN))
     start = time.perf_counter()
     pruner.prune(tokens)
