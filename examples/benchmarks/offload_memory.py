@@ -4,7 +4,7 @@
         [--num-tokens 8192] [--metric stream] [--limit 2.5] [--in-memory]
 
 The defaults are about 2.5 billion parameters, 5 GB on the disk. The model is made in a process of its own. Printed is the peak of
-the resident set above what the bare imports take; --limit, in GB above the imports, is set as RLIMIT_DATA once the model is there:
+the resident set above what the bare imports take; --limit, in GB above them, is set as RLIMIT_DATA once the model is there:
 beyond it the system refuses memory. --in-memory prunes the same model loaded whole, without a limit, for comparison.
 """
 
