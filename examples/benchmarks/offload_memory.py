@@ -73,7 +73,6 @@ def prune(args: argparse.Namespace) -> None:
     import torch
 
     from optimum_stat import STATConfig, STATPruner
-    from optimum_stat.methods import METHODS
 
     before, data = _bytes("VmRSS"), _bytes("VmData")
     embeddings = 2 * args.vocabulary * args.hidden
@@ -93,7 +92,7 @@ def prune(args: argparse.Namespace) -> None:
     pruned = args.folder / ("pruned-in-memory" if args.in_memory else "pruned")
     pruner.save_pretrained(pruned)
     found = {
-        "method": METHODS[0].method,
+        "method": pruner.method,
         "parameters": pruner.report.dense.params,
         "left": pruner.report.pruned.params,
         "offloaded": not args.in_memory,
