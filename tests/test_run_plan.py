@@ -112,7 +112,7 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
         (["--keep", "0.0001"], 1, "keep=0.0001 of"),
         (["--dtype", "int8"], 1, "dtype='int8' asked"),
         (["--num-tokens", "none"], 1, "needs to know how many tokens"),
-        (["--budget", "latency"], 1, "Only runs of our own recipe under a budget of params or macs"),
+        (["--budget", "latency"], 1, "Only runs of our own recipe can be planned from the config alone"),
         (["--keep", "2"], 2, "keep=2.0 asked"),
     ],
 )
