@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from .budget import Cost, Lengths, model_cost, options, unit_cost
 from .config import PruningConfig
 from .data import Batches
 from .families import Group, find_groups
-from .latency import LatencyTable, latency_table
+from .latency import LatencyTable
+from .latency_cache import latency_table
+from .latency_timing import time_with
 from .memory import Residents
 from .probes import quiet
+from .processes import Processes
 from .timing import Setting
 
 if TYPE_CHECKING:
@@ -37,6 +40,8 @@ class Currency:
     """The size of the model before the first shot."""
     table: LatencyTable | None
     """The measured times that a latency budget is about; None under other budgets."""
+    table_is_given: bool = False
+    """By the config: then the times in it count, whatever they are here and now, and the same plan comes out again."""
     residents: Residents | None = None
     """What a memory budget is about; None under other budgets."""
 
@@ -51,7 +56,8 @@ class Currency:
                 own = latency_table(model, config.round_to, setting, config.latency_table)
                 table = LatencyTable.from_dict(batches.processes.tell(own.to_dict()))
         residents = Residents.of(model, config.serve_batch_size, length) if config.budget == "memory" else None
-        return cls(model, config.budget, config.round_to, config.structures, seq_len, dense, table, residents)
+        given = config.latency_table is not None
+        return cls(model, config.budget, config.round_to, config.structures, seq_len, dense, table, given, residents)
 
     def limit(self, keep: float) -> float:
         """What the kept units may cost together: the share `keep` of the dense model's cost, less what no plan can remove.
@@ -62,23 +68,25 @@ class Currency:
         groups = find_groups(self.model, self.structures)
         costs, sizes = self.choices(groups)
         if self.table is not None:
-            total, fixed = self.table.total, self.table.fixed
+            total, fixed = self.table.total, self.table.fixed(group.name for group in groups)
         elif self.residents is not None:
             total, fixed = self.residents.dense, self.residents.total(self.model) - sum(own[-1] for own in costs.values())
         else:
             total = getattr(self.dense, f"block_{self.budget}")
             fixed = model_cost(self.model, self.budget, self.seq_len) - sum(own[-1] for own in costs.values())
         least = fixed + sum(min(own) for own in costs.values())
-        if keep * total < least:
+        allowed = keep * total if self.table is None else self.table.limit(keep * total)
+        if allowed < least:
+            made = least if self.table is None else self.table.taken(least)
             what = f"{total / 1e6:.3f} ms for {self.table.setting}" if self.table else f"{total:,} {UNITS[self.budget]}"
             neurons = max((sizes[group.name][0] for group in groups if group.structure == "neurons"), default=0)
             fewest = {"heads": "one head", "neurons": f"{neurons} neurons"}
             units = " and ".join(own if name in self.structures else f"all {name}" for name, own in fewest.items())
             raise ValueError(
                 f"keep={keep} of {what} asked, but {units} in every block "
-                f"already make {least / total:.4f}. Keep more, lower round_to, or let other structures go too."
+                f"already make {made / total:.4f}. Keep more, lower round_to, or let other structures go too."
             )
-        return keep * total - fixed
+        return allowed - fixed
 
     def reaches(self, keep: float) -> bool:
         """Whether there is a plan so small."""
@@ -87,6 +95,13 @@ class Currency:
         except ValueError:
             return False
         return True
+
+    def timed(self, kept: Mapping[str, int], processes: Processes) -> Currency | None:
+        """With a table that knows how long a model with these units takes; None if it was right, or asked for by name."""
+        if self.table is None or self.table_is_given:
+            return None
+        whole = processes.tell(time_with(self.model, self.table, kept))
+        return None if whole is None else replace(self, table=replace(self.table, whole=whole))
 
     def choices(self, groups: Sequence[Group]) -> tuple[dict[str, list[int]], dict[str, list[int]]]:
         """What each group may keep: the costs of all sizes to choose from, and these sizes.

@@ -8,7 +8,8 @@ from typing import Any
 from . import checkpoint
 from .config import PruningConfig
 from .dry_run import ranges
-from .latency import LatencyTable, latency_table
+from .latency import LatencyTable
+from .latency_cache import latency_table
 from .probes import quiet
 from .timing import Setting
 
@@ -32,16 +33,17 @@ class Profile:
         for name, sizes in table.sizes.items():
             block, _, structure = name.partition(".")
             rows.setdefault((structure, tuple(sizes), tuple(table.times[name])), []).append(int(block))
+        least = table.taken(table.fixed(table.times))
         lines = [
             f"{self.model}: {table.total / 1e6:.2f} ms for {table.setting}",
-            f"with the fewest units everywhere: {table.fixed / 1e6:.2f} ms ({table.fixed / table.total:.2f})",
+            f"with the fewest units everywhere: {least / 1e6:.2f} ms ({least / table.total:.2f})",
             f"{'blocks':<10}{'group':<10}{'units':>7}{'ms of a block':>15}{'of dense':>10}{'of the model':>14}",
         ]
         for (structure, sizes, times), blocks in rows.items():
             head = f"{ranges(blocks):<10}{structure:<10}"
             for size, time in zip(reversed(sizes), reversed(times), strict=True):
                 saved = len(blocks) * (times[-1] - time)
-                share = (table.total - saved) / table.total
+                share = table.taken(table.total - saved) / table.total
                 lines.append(f"{head}{size:>7,}{time / 1e6:>15.3f}{time / times[-1]:>10.3f}{share:>14.3f}")
                 head = " " * len(head)
         return "\n".join([*lines, f"remembered for: {self.options}"])

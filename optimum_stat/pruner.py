@@ -185,7 +185,7 @@ class Pruner(ABC, Generic[C]):
     @final
     def cut(self, groups: list[Group], ranking: Ranking, keep: float, batches: Batches, stage: TimedStage) -> Lines:
         """Decide the sizes, correct what stays, slice the rest away: first of what all blocks share, if any of it may go."""
-        shape = trunk.choose(self.allocate, self.config.trunk, groups, ranking, keep, self.currency)
+        shape, self._currency = trunk.settle(self.allocate, self.config.trunk, groups, ranking, keep, self.currency, batches)
         plan, nats = self.select(shape.ranking, shape.kept), self.nats(batches)
         batches.warn_if_few(max((shape.kept[group.name] * group.width for group in shape.groups), default=0))
         with stage("repair"):

@@ -24,7 +24,8 @@ from .families import Group, find_blocks, groups_of_block
 from .probes import device_of
 from .slicing import slice_group
 
-Before = Callable[[], Any] | None
+Run = Callable[[], Any]
+Before = Callable[[Run], Any]  # done before a run, and not timed
 CACHE_BYTES = 1 << 26  # that stand between two runs of a block, if the model has as many: more than a core finds in its cache
 PAIRS = (8, 100)  # timings of one thing beside another: at least, at most
 SECONDS = 0.3  # for one of them, if so many timings fit into it
@@ -93,7 +94,7 @@ class Workload:
         self._others = torch.ones(min(size, CACHE_BYTES) // 4, device=self.device)
 
     @torch.no_grad()
-    def run_model(self) -> Callable[[], Any]:
+    def run_model(self) -> Run:
         """One forward pass of the model."""
         run, inputs = self._compiled(self.model), self._inputs
         cache = inputs.get("past_key_values")
@@ -104,7 +105,7 @@ class Workload:
         with _restored(self._inputs.get("past_key_values")):
             return record_calls(self.model, self._inputs)[0]
 
-    def run_block(self, index: int, call: Call, group: int | None = None, size: int = 0) -> Callable[[], Any]:
+    def run_block(self, index: int, call: Call, group: int | None = None, size: int = 0) -> Run:
         """One run of a block, or of a copy with the first `size` units of its group number `group`."""
         block, (args, kwargs) = self.blocks[index], call
         if group is not None:
@@ -117,11 +118,11 @@ class Workload:
         cache = next((value for value in (*args, *kwargs.values()) if isinstance(value, Cache)), None)
         return _restoring(cache, lambda: run(*args, **kwargs))
 
-    def forget(self) -> None:
+    def forget(self, run: Run) -> None:
         """Read as much as a forward pass does between two runs of one block, so that this finds as little in the cache."""
         self._others.sum()
 
-    def run_without_blocks(self, calls: list[list[Call]]) -> Callable[[], Any]:
+    def run_without_blocks(self, calls: list[list[Call]]) -> Run:
         """One forward pass of the model, each of whose blocks returns what it reads."""
         args, kwargs = calls[0][0]
         with torch.no_grad(), _restored(self._inputs.get("past_key_values")):
@@ -176,7 +177,7 @@ def _restored(cache: Cache | None) -> Iterator[None]:
             vars(layer).update(values)
 
 
-def _restoring(cache: Cache | None, run: Callable[[], Any]) -> Callable[[], Any]:
+def _restoring(cache: Cache | None, run: Run) -> Run:
     if cache is None:
         return run
 
@@ -199,31 +200,31 @@ def _sliced(value: Any, index: int, group: Group, size: int) -> Any:
     return own
 
 
-def steady_time(run: Callable[[], Any], device: torch.device) -> int:
+def warm(run: Run) -> None:
+    """Run it once: a model that is asked again and again finds its own weights in the cache, not another's."""
+    run()
+
+
+def steady_time(run: Run, device: torch.device) -> int:
     """Lower quartile of the nanoseconds of a call: what else a machine does only ever adds to a time."""
-    return round(statistics.quantiles([own for own, _ in pairs(run, run, device)], n=4)[0])
+    return round(statistics.quantiles([own for own, _ in pairs(run, run, device, before=lambda _: None)], n=4)[0])
 
 
-def steady_ratio(
-    run: Callable[[], Any], beside: Callable[[], Any], device: torch.device, seconds: float = SECONDS, before: Before = None
-) -> float:
+def steady_ratio(run: Run, beside: Run, device: torch.device, seconds: float = SECONDS, before: Before = warm) -> float:
     """Ratio of the lower quartiles of their times, taken in turn: what else a machine does only ever adds to a time."""
     own, other = zip(*pairs(run, beside, device, seconds, before), strict=True)
     return statistics.quantiles(own, n=4)[0] / statistics.quantiles(other, n=4)[0]
 
 
 @torch.no_grad()
-def pairs(
-    run: Callable[[], Any], beside: Callable[[], Any], device: torch.device, seconds: float = SECONDS, before: Before = None
-) -> list[tuple[int, int]]:
+def pairs(run: Run, beside: Run, device: torch.device, seconds: float = SECONDS, before: Before = warm) -> list[tuple[int, int]]:
     """Nanoseconds of both, taken in turn, after two of each that do not count; `before` each, something that does not either."""
     both = [beside, run]
 
     def once() -> tuple[int, int]:
         found = []
         for each in both:
-            if before is not None:
-                before()
+            before(each)
             found.append(_timed(each, device))
         return found[0], found[1]
 
@@ -239,7 +240,7 @@ def _repeats(nanoseconds: int, seconds: float = SECONDS) -> int:
     return max(fewest, min(most, int(seconds * 1e9 / max(1, nanoseconds))))
 
 
-def _timed(run: Callable[[], Any], device: torch.device) -> int:
+def _timed(run: Run, device: torch.device) -> int:
     start = time.perf_counter_ns()
     run()
     if device.type == "cuda":

@@ -32,6 +32,7 @@ from .walk import BlockWalk
 
 LAYERS, HIDDEN = "layers", "hidden"
 RIDGE = 0.01  # relative to the diagonal
+TIMED = 3  # models, at most, before the sizes for a latency are settled
 Allocate = Callable[[list[Group], Ranking, float, Currency], dict[str, int]]
 
 
@@ -113,6 +114,26 @@ def rank_trunk(model: Any, structures: Sequence[str], batches: Batches, seed: in
             for site, gram in _grams(walk, stream, index):
                 error[HIDDEN] += error_curve(gram, scaled[site.name].to(gram.device), order[HIDDEN].to(gram.device)).cpu()
     return Ranking({name: order[name] for name in structures}, {name: error[name] for name in structures})
+
+
+def settle(
+    allocate: Allocate,
+    structures: Sequence[str],
+    groups: list[Group],
+    ranking: Ranking,
+    keep: float,
+    currency: Currency,
+    batches: Batches,
+) -> tuple[Shape, Currency]:
+    """`choose`, and what was counted in. Under a latency budget, models of the sizes chosen are timed, until one takes about as
+    long as its blocks' times said: they are chosen anew with what was learned."""
+    shape = choose(allocate, structures, groups, ranking, keep, currency)
+    for _ in range(TIMED):
+        if (learned := currency.timed(shape.kept, batches.processes)) is None:
+            break
+        currency = learned
+        shape = choose(allocate, structures, groups, ranking, keep, currency)
+    return shape, currency
 
 
 def choose(

@@ -15,10 +15,23 @@ import torch
 from tiny import batches, many, outputs, tiny
 from torch import nn
 
-from optimum_stat import FisherConfig, FisherPruner, STATConfig, STATPruner, SurgeonConfig, SurgeonPruner, latency, timing
+from optimum_stat import (
+    FisherConfig,
+    FisherPruner,
+    STATConfig,
+    STATPruner,
+    SurgeonConfig,
+    SurgeonPruner,
+    latency,
+    latency_cache,
+    latency_timing,
+    timing,
+)
 from optimum_stat.budget import options
 from optimum_stat.families import find_blocks, find_groups
-from optimum_stat.latency import LatencyTable, latency_table, measure_table
+from optimum_stat.latency import LatencyTable
+from optimum_stat.latency_cache import latency_table
+from optimum_stat.latency_timing import measure_table
 from optimum_stat.probes import quiet
 from optimum_stat.profiling import profile
 from optimum_stat.slicing import slice_model
@@ -112,7 +125,39 @@ def test_costs_are_what_a_size_takes_more_than_the_fastest(table: LatencyTable) 
     costs, sizes = table.choices(find_groups(model))
     assert (sizes["0.neurons"], sizes["1.heads"]) == ([8, 16, 24], [1, 2, 3])
     assert costs["0.neurons"] == all_costs["0.neurons"][:3]
-    assert table.fixed == table.total - sum(own[-1] for own in all_costs.values())
+    assert table.fixed(all_costs) == table.total - sum(own[-1] for own in all_costs.values())
+
+
+def test_whole_models_say_how_the_times_add_up(clock: Clock) -> None:
+    """What a large model costs more than its blocks do is not seen in any of them: here the square of its width."""
+
+    def extra(model: Any, _: Any) -> None:
+        CLOCK.now += round(5e-4 * sum(group.consumer.in_features for group in find_groups(model)) ** 2 * MS)
+
+    model = slow(tiny("bert"), 2, 0.2, 10)
+    model.register_forward_pre_hook(extra)
+    with quiet(model):
+        table = measure_table(model, 8, prefill(model, 1, 6))
+    (full, total), width = table.whole[-1], 2 * (44 + 32)
+    assert full == total == table.total == pytest.approx((10 + 2 * (4 * 2 + 44 * 0.2) + 5e-4 * width**2) * MS, rel=1e-3)
+    assert len(table.whole) == 4  # a quarter of the units is as few as there may be
+    for heads, neurons in ((4, 32), (3, 24), (2, 24), (2, 16), (1, 8)):
+        taken = (10 + 2 * (heads * 2 + neurons * 0.2) + 5e-4 * (2 * (neurons + 8 * heads)) ** 2) * MS
+        kept = {f"{block}.{name}": own for block in (0, 1) for name, own in (("heads", heads), ("neurons", neurons))}
+        added = table.added(kept)
+        assert added > 1.02 * taken
+        assert table.predicted(kept) == pytest.approx(taken, rel=0.02)
+        assert table.predicted(kept) == table.taken(added)
+        assert table.limit(taken) == pytest.approx(added, rel=0.02)
+
+
+def test_a_limit_is_the_most_that_takes_no_longer() -> None:
+    setting = prefill(tiny("bert"), 1, 6)
+    table = LatencyTable(setting, 90, {}, {}, [[10, 20], [30, 40], [50, 40], [60, 90]])
+    assert [table.limit(each) for each in (20, 30, 40, 65, 90)] == [10, 20, 50, 55, 60]
+    assert [table.taken(each) for each in (10, 20, 50, 55, 60)] == [20, 30, 40, 65, 90]
+    assert table.limit(15) < 10  # less than any model takes: no plan has it
+    assert table.limit(91) >= 60
 
 
 @pytest.mark.parametrize("phase", ["prefill", "decode"])
@@ -154,8 +199,10 @@ def test_sizes_are_tried_where_the_steps_are(clock: Clock) -> None:
 
 def test_blocks_of_one_kind_are_timed_once(monkeypatch: pytest.MonkeyPatch) -> None:
     timed: list[int] = []
-    plain = latency._time_block
-    monkeypatch.setattr(latency, "_time_block", lambda work, index, *rest: timed.append(index) or plain(work, index, *rest))
+    plain = latency_timing._time_block
+    monkeypatch.setattr(
+        latency_timing, "_time_block", lambda work, index, *rest: timed.append(index) or plain(work, index, *rest)
+    )
     for family, changes, wanted in (
         ("bert", {"num_hidden_layers": 3}, [0]),
         ("qwen2", {}, [0, 1]),
@@ -171,13 +218,13 @@ def test_a_table_is_remembered_for_this_device_batch_and_shape(memory: Path, mon
 
     def measure(model: Any, round_to: int, setting: Setting) -> LatencyTable:
         measured.append(setting)
-        return LatencyTable(setting, 7, {"0.heads": [1]}, {"0.heads": [5]})
+        return LatencyTable(setting, 7, {"0.heads": [1]}, {"0.heads": [5]}, [[7, 7]])
 
     def look_up(phase: str = "prefill", compiled: bool = False, sizes: tuple[int, int] = (1, 6), round_to: int = 8, **model: Any):
         own = model.pop("model", None) or tiny("llama", **model)
         return latency_table(own, round_to, Setting.of(own, phase, *sizes, compiled))
 
-    monkeypatch.setattr(latency, "measure_table", measure)
+    monkeypatch.setattr(latency_cache, "measure_table", measure)
     first = look_up()
     assert look_up(seed=1) == first
     assert len(measured) == 1
@@ -227,6 +274,31 @@ def test_a_model_takes_as_long_as_was_asked(pruner: Any, config: Any, tmp_path: 
     assert again.currency.table == own.currency.table
 
 
+def test_models_are_timed_until_one_takes_as_long_as_was_predicted(clock: Clock, tmp_path: Path) -> None:
+    """Here heads and neurons of one block share what they take: no sum of their times says so, nor what is small throughout."""
+
+    def extra(model: Any, _: Any) -> None:
+        heads, neurons = (sum(group.units for group in find_groups(model)[at::2]) for at in (0, 1))
+        CLOCK.now += round(abs(heads / 8 - neurons / 88) * 20 * MS)
+
+    model = slow(tiny("bert"), 2, 0.2, 10)
+    model.register_forward_pre_hook(extra)
+    pruner = FisherPruner(model, FisherConfig(keep=0.7, budget="latency"))
+    pruner.prune(many())
+    found, table = pruner.report.latency, pruner.currency.table
+    assert found is not None
+    assert table is not None
+    assert table.whole != latency_table(tiny("bert"), 8, table.setting).whole, "nothing was learned: the test is none"
+    assert found.measured == pytest.approx(found.predicted, rel=0.03)
+    assert found.measured <= 1.03 * found.asked
+    pruner.save_pretrained(tmp_path / "pruned")
+    again = FisherPruner(
+        tiny("bert"), FisherConfig(keep=0.7, budget="latency", latency_table=str(tmp_path / "pruned" / "stat_recipe.json"))
+    )
+    again.prune(many())
+    assert [group.kept for group in again.report.groups] == [group.kept for group in pruner.report.groups]
+
+
 def test_a_prediction_that_fails_is_said(clock: Clock, caplog: pytest.LogCaptureFixture) -> None:
     model = tiny("bert")
     pruner = FisherPruner(slow(model, 2, 0.2, 10), FisherConfig(keep=0.7, budget="latency"))
@@ -259,7 +331,7 @@ def saved(tmp_path: Path, model: nn.Module, **changes: Any) -> str:
     times = {name: [100 * size for size in own] for name, own in sizes.items()}
     setting = prefill(model, 1, 6).to_dict()
     setting |= {name: changes.pop(name) for name in list(changes) if name in setting}
-    values = {"setting": setting, "total": 20_000, "sizes": sizes, "times": times}
+    values = {"setting": setting, "total": 20_000, "sizes": sizes, "times": times, "whole": [[0, 0], [20_000, 20_000]]}
     path = tmp_path / "table.json"
     path.write_text(json.dumps({**values, **changes}))
     return str(path)
@@ -326,8 +398,8 @@ def test_a_folder_that_cannot_be_written_does_not_stop_the_run(
     (tmp_path / "file").write_text("")
     monkeypatch.setattr(latency, "cache_folder", lambda: tmp_path / "file" / "below")
     setting = prefill(tiny("bert"), 1, 6)
-    table = LatencyTable(setting, 7, {"0.heads": [1]}, {"0.heads": [5]})
-    monkeypatch.setattr(latency, "measure_table", lambda *_: table)
+    table = LatencyTable(setting, 7, {"0.heads": [1]}, {"0.heads": [5]}, [[7, 7]])
+    monkeypatch.setattr(latency_cache, "measure_table", lambda *_: table)
     assert latency_table(tiny("bert"), 8, setting) is table
     assert "could not be remembered" in caplog.text
 

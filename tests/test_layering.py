@@ -39,6 +39,8 @@ LAYERS = (
         "trunk_costs",
         "structure",
         "latency",
+        "latency_cache",
+        "latency_timing",
         "memory",
         "timing",
         "speed",

@@ -17,7 +17,7 @@ import torch
 from measure import table
 
 from optimum_stat import checkpoint
-from optimum_stat.latency import measure_table
+from optimum_stat.latency_timing import measure_table
 from optimum_stat.probes import quiet
 from optimum_stat.slicing import slice_model
 from optimum_stat.timing import Setting, Workload, steady_ratio
