@@ -44,16 +44,20 @@ class Activations:
             return self._kept[index]
         index %= len(self)
         self._file.seek(sum(self._sizes[:index]))
-        raw = torch.frombuffer(bytearray(self._file.read(self._sizes[index])), dtype=torch.uint8)
-        like = self._like[index]
-        return raw.view(like.dtype).view(like.shape).clone().to(self._devices[index])  # memory of our own is aligned
+        found = torch.empty_like(self._like[index], device="cpu")  # aligned, as what was never in a file is
+        self._file.readinto(_bytes(found))
+        return found.to(self._devices[index])
 
     def __setitem__(self, index: int, value: Tensor) -> None:
         if self._kept is not None:
             self._kept[index] = value
             return
         self._file.seek(sum(self._sizes[:index]))
-        self._file.write(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+        self._file.write(_bytes(value.detach().cpu().contiguous()))
+
+
+def _bytes(tensor: Tensor) -> memoryview:
+    return tensor.flatten().view(torch.uint8).numpy().data
 
 
 def free_bytes(device: torch.device) -> int | None:

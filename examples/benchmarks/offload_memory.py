@@ -1,17 +1,20 @@
 """Memory and time of STAT on a random Llama (bf16) whose blocks stay on the disk, under a hard limit of the memory.
 
     python examples/benchmarks/offload_memory.py [--hidden 2560 --neurons 6912 --heads 20 --layers 34] [--keep 0.7]
-        [--num-tokens 8192] [--metric stream] [--limit 2.5] [--in-memory]
+        [--num-tokens 8192] [--metric stream] [--limit 2.5] [--in-memory | --ratio]
 
 The defaults are about 2.5 billion parameters, 5 GB on the disk. The model is made in a process of its own. Printed is the peak of
 the resident set above what the bare imports take; --limit, in GB above them, is set as RLIMIT_DATA once the model is there:
-beyond it the system refuses memory. --in-memory prunes the same model loaded whole, without a limit, for comparison.
+beyond it the system refuses memory, and a resident set beyond it, mapped files included, ends the run. --in-memory prunes the
+same model loaded whole, without a limit, for comparison; --ratio does both, in turn, and prints how the times compare.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import logging
+import os
 import resource
 import subprocess
 import sys
@@ -34,19 +37,31 @@ def main() -> None:
     parser.add_argument("--num-tokens", type=int, default=8192)
     parser.add_argument("--metric", default="stream")
     parser.add_argument("--limit", type=float, default=2.5)
-    parser.add_argument("--in-memory", action="store_true")
+    how = parser.add_mutually_exclusive_group()
+    how.add_argument("--in-memory", action="store_true")
+    how.add_argument("--ratio", action="store_true")
     parser.add_argument("--folder", type=Path, help="where the model is, or is to be made (default: a temporary folder)")
-    parser.add_argument("--step", choices=("make", "prune"), help=argparse.SUPPRESS)
+    parser.add_argument("--step", choices=("make", "prune", "prune-in-memory"), help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.step:
-        {"make": make, "prune": prune}[args.step](args)
+        args.in_memory = args.in_memory or args.step == "prune-in-memory"
+        (make if args.step == "make" else prune)(args)
         return
     with tempfile.TemporaryDirectory() as folder:
         where = args.folder or Path(folder)
         again = [sys.executable, __file__, *sys.argv[1:], "--folder", str(where), "--step"]
         if not (where / "dense" / "config.json").exists():
             subprocess.run([*again, "make"], check=True)
-        subprocess.run([*again, "prune"], check=True)
+        if not args.ratio:
+            subprocess.run([*again, "prune"], check=True)
+            return
+        seconds = []
+        for step in ("prune", "prune-in-memory"):
+            done = subprocess.run([*again, step], check=True, stdout=subprocess.PIPE, text=True)
+            print(done.stdout, end="", flush=True)
+            found = json.loads(done.stdout)
+            seconds.append(found["prune_seconds"] + found["save_seconds"])
+        print(f"offloaded: {seconds[0] / seconds[1]:.2f} times the seconds in memory, saving included")
 
 
 def make(args: argparse.Namespace) -> None:
@@ -76,7 +91,10 @@ def prune(args: argparse.Namespace) -> None:
     from optimum_stat import STATConfig, STATPruner
 
     before, data, peaks = _bytes("VmRSS"), _bytes("VmData"), [0]
-    threading.Thread(target=_watch, args=(peaks,), daemon=True).start()
+    logging.basicConfig(format="%(asctime)s %(message)s")
+    logging.getLogger("optimum_stat").setLevel(logging.INFO)
+    most = None if args.in_memory else before + int(args.limit * 1e9)
+    threading.Thread(target=_watch, args=(peaks, most), daemon=True).start()
     embeddings = 2 * args.vocabulary * args.hidden
     offload = args.folder / "offload"
     placing = (
@@ -108,10 +126,13 @@ def prune(args: argparse.Namespace) -> None:
     print(json.dumps(found))
 
 
-def _watch(peaks: list[int]) -> None:
+def _watch(peaks: list[int], most: int | None) -> None:
     """The highest resident set since the last look: the pruner forgets it at the start of each stage, for its own report."""
     while True:
         peaks[0] = max(peaks[0], _bytes("VmHWM"))
+        if most is not None and peaks[0] > most:
+            print(f"the resident set was {peaks[0] / 1e9:.2f} GB, the limit is {most / 1e9:.2f} GB", file=sys.stderr)
+            os._exit(1)
         time.sleep(0.05)
 
 
