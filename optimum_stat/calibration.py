@@ -52,17 +52,23 @@ def refuse_offloaded(pruner: Pruner[Any]) -> None:
         raise ValueError("Some weights of the model are offloaded: only whole units can be pruned, not single weights.")
 
 
+def unjournaled(pruner: Pruner[Any]) -> str | None:
+    """What there is about the pruner's runs that no journal keeps; None if they can be resumed."""
+    if not reads_tokens_alone(pruner.model) or opened_in(pruner.model):
+        return f"a {type(pruner.model).__name__}, which has several stacks of blocks, or experts, or reads no tokens"
+    if not pruner.resumable:
+        return "a run that makes zeros, trains adapters or cuts the trunk in shots"
+    return None
+
+
 def open_journal(pruner: Pruner[Any], folder: str | Path | None, batches: Batches) -> Journal:
     """The journal in `folder` of this pruner's run on these batches.
 
     Raises:
         ValueError: the folder holds another run's, or the run does things that no journal keeps.
     """
-    if folder is not None and (not reads_tokens_alone(pruner.model) or opened_in(pruner.model)):
-        name = type(pruner.model).__name__
-        raise ValueError(f"resume_from_checkpoint asked; a {name} has several stacks of blocks, or experts, or reads no tokens.")
-    if folder is not None and not pruner.resumable:
-        raise ValueError("resume_from_checkpoint asked of a run that makes zeros, trains adapters or cuts the trunk in shots.")
+    if folder is not None and (why := unjournaled(pruner)) is not None:
+        raise ValueError(f"resume_from_checkpoint asked of {why}.")
     run = {
         "method": pruner.method,
         "model": pruner.source,

@@ -176,11 +176,11 @@ def add_training_options(parser: argparse.ArgumentParser) -> None:
 
 
 def add_resume_option(parser: argparse.ArgumentParser) -> None:
-    """For runs that somebody may kill."""
+    """For runs that somebody has stopped."""
     parser.add_argument(
         "--resume",
         action="store_true",
-        help="write down what is finished, block by block, in OUTPUT.resume; the same command, killed, goes on from there; "
+        help="go on where the same command was stopped: what it had finished, block by block, is in OUTPUT.resume; "
         "methods that train go on from the last checkpoint in output_dir",
     )
 

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import os
-import shutil
 from pathlib import Path
 from typing import Any, final
 
 from . import command_data, command_options, command_training
-from .command_base import LOGGER, MAIN, Command, Result, WrongArguments, check_model, device, loading
+from .command_base import LOGGER, Command, Result, WrongArguments, check_model, device, loading
+from .command_resume import Unfinished
 
 
 @final
@@ -37,9 +37,8 @@ class PruneCommand(Command):
     def work(self) -> Result:
         """Prune, save, push."""
         args = self.args
-        state = command_training.state_folder(args.output)
-        written = args.resume and state.exists() and (args.output / "stat_recipe.json").is_file()  # killed right after that
-        if not written:
+        left = Unfinished.of(args.output, resume=args.resume)
+        if not left.written:
             check_output(args.output)
         check_model(args.model)
         command_data.check(args.dataset)
@@ -47,13 +46,12 @@ class PruneCommand(Command):
         method, config = method_and_config(args)
         training = command_training.arguments(args, method)
         pruner, data = pruner_and_data(args, method, config)
-        pruner.prune(**data, **training)
-        if not written:
-            _clear_leftovers(args)
-            pruner.save_pretrained(args.output)
-        url = pruner.push_to_hub(repo_id, private=args.private or None) if repo_id else None
-        if args.resume and MAIN:
-            shutil.rmtree(state, ignore_errors=True)
+        with left.at_work():
+            pruner.prune(**data, **(training or left.arguments(pruner)))
+            if not left.written:
+                left.clear_half_written()
+                pruner.save_pretrained(args.output)
+            url = pruner.push_to_hub(repo_id, private=args.private or None) if repo_id else None
         name = type(pruner.model).__name__
         load = f'import optimum_stat; from transformers import {name}; model = {name}.from_pretrained("{args.output}")'
         lines = [str(pruner.report), f"saved in {args.output}", *([f"pushed: {url}"] if url else []), "", load]
@@ -79,13 +77,6 @@ def check_output(folder: Path) -> None:
     above = next(parent for parent in folder.absolute().parents if parent.exists())
     if not above.is_dir() or not os.access(above, os.W_OK):
         raise PermissionError(f"{folder} cannot be made: {above} is not a folder that can be written to.")
-
-
-def _clear_leftovers(args: Any) -> None:
-    """Half-written folders that a killed run of this command left beside OUTPUT."""
-    if args.resume and MAIN:
-        for folder in args.output.parent.glob(f".{args.output.name}-????????"):
-            shutil.rmtree(folder, ignore_errors=True)
 
 
 def _repo_id(args: Any) -> str | None:

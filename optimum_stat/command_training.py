@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 from . import command_data, command_options
@@ -10,14 +9,14 @@ from .command_base import WrongArguments
 
 
 def arguments(args: Any, method: Any) -> dict[str, Any]:
-    """What `prune` takes besides the data, of methods that do not train only where to resume from. Imports torch."""
+    """What `prune` of methods that train takes besides the data; nothing for others. Imports torch."""
     from .trained import TrainedPruner
 
     given = command_options.given_training(args)
     if not issubclass(method, TrainedPruner):
         if given:
             raise WrongArguments(f"{given[0]} is no option of method {method.method}, which does not train.")
-        return {"resume_from_checkpoint": state_folder(args.output)} if args.resume else {}
+        return {}
     training_args = _parsed(args.training_args or [])
     if args.resume and "output_dir" not in training_args:
         raise WrongArguments("--resume asked, but there is nowhere to resume from: --training-args output_dir=FOLDER.")
@@ -28,11 +27,6 @@ def arguments(args: Any, method: Any) -> dict[str, Any]:
         split = {"streaming": args.streaming, "for_evaluation": True}
         found["eval_dataset"] = command_data.load(args.dataset, args.dataset_config, args.eval_split, **split)
     return found
-
-
-def state_folder(output: Path) -> Path:
-    """Where a run that may be resumed writes down what is finished: beside what it will write."""
-    return output.with_name(f"{output.name}.resume")
 
 
 def _parsed(pairs: list[str]) -> dict[str, Any]:

@@ -1,8 +1,8 @@
 """What a run has finished, in a folder, so that the same run can go on after it was killed.
 
-An entry is a file of tensors (safetensors), written beside and renamed, and a line in journal.json with its checksum, written
-in the same way. A run makes its entries always in the same order, so what counts of a damaged journal is its longest intact
-beginning; the rest is done again.
+An entry is some files of tensors (safetensors), written beside and renamed, and a line in journal.json with their checksums,
+written in the same way. A run makes its entries always in the same order, so what counts of a damaged journal is its longest
+intact beginning; the rest is done again.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import errno
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,8 +21,9 @@ from torch import Tensor
 
 from .processes import Processes
 
-FORMAT = 1
+FORMAT = 2
 INDEX = "journal.json"
+PIECE = 1 << 26  # bytes, about, in a file: what is written is copied before, so an entry may be larger than what is free
 
 
 @dataclass
@@ -69,20 +70,28 @@ class Journal:
 
     def recall(self, key: str) -> dict[str, Tensor] | None:
         """The tensors of an entry, on the CPU; None if there is none. Empty if a later entry has replaced it."""
-        entry = self._entries.get(self.chapter + key)
-        if entry is None or self.folder is None:
-            return None
-        if entry.get("gone"):
-            return {}
-        # memory of our own: kernels round otherwise where tensors are not aligned, as they are not in a file
-        return {name: value.clone() for name, value in load_file(self.folder / entry["file"]).items()}
+        return dict(self.read(key)) if key in self else None
+
+    def read(self, key: str) -> Iterator[tuple[str, Tensor]]:
+        """What `recall` returns, one after the other, for entries that need not be in memory as a whole."""
+        entry = self._entries[self.chapter + key]
+        for name in () if self.folder is None or entry.get("gone") else entry["files"]:
+            for own, value in load_file(self.folder / name).items():
+                # memory of our own: kernels round otherwise where tensors are not aligned, as they are not in a file
+                yield own, value.clone()
 
     def note(self, key: str) -> Any:
         """What stands beside the tensors, also of an entry that was replaced."""
         return self._entries[self.chapter + key]["note"]
 
     def keep(
-        self, key: str, tensors: Mapping[str, Tensor], *, note: Any = None, replaces: str | None = None, complete: bool = True
+        self,
+        key: str,
+        tensors: Iterable[tuple[str, Tensor]],
+        *,
+        note: Any = None,
+        replaces: str | None = None,
+        complete: bool = True,
     ) -> None:
         """Write an entry. The one that it `replaces`, a full key, goes when the next is written: until then others may need it.
 
@@ -93,17 +102,12 @@ class Journal:
         """
         if self.folder is None:
             return
-        name = f"{len(self._entries)}.safetensors"
-        path, beside = self.folder / name, self.folder / f"{name}.part"
         try:
-            save_file({key: value.detach().cpu().contiguous() for key, value in tensors.items()}, beside)
-            digest = _digest(beside)
-            beside.replace(path)
-            self._entries[self.chapter + key] = {"file": name, "digest": digest, "note": note, "replaces": replaces}
+            files = dict(_write(self.folder, len(self._entries), tensors))
+            self._entries[self.chapter + key] = {"files": files, "note": note, "replaces": replaces}
             if complete:
                 self._settle()
         except (OSError, SafetensorError) as error:
-            beside.unlink(missing_ok=True)
             raise _no_room(self.folder, error) from error
 
     def _settle(self) -> None:
@@ -114,8 +118,8 @@ class Journal:
             self._entries[key]["gone"] = True
         self._obsolete = self._waiting()
         self._write(self._entries)
-        for key in gone:
-            (self.folder / self._entries[key]["file"]).unlink(missing_ok=True)
+        for name in (name for key in gone for name in self._entries[key]["files"]):
+            (self.folder / name).unlink(missing_ok=True)
 
     def _waiting(self) -> list[str]:
         """What was replaced and is still there."""
@@ -141,14 +145,21 @@ class Journal:
         assert self.folder is not None
         keys = list(entries)
         good = next((at for at, key in enumerate(keys) if not _intact(self.folder, entries[key])), len(keys))
-        good = min(processes.everybodys(_closed(entries, good)))
-        self._entries = {key: dict(entries[key]) for key in keys[: _closed(entries, good)]}
-        files = {entry["file"] for entry in self._entries.values() if not entry.get("gone")}
+        good = _agreed(processes, entries, good)
+        self._entries = {key: dict(entries[key]) for key in keys[:good]}
+        files = {name for entry in self._entries.values() if not entry.get("gone") for name in entry["files"]}
         for path in self.folder.iterdir():
             if path.name not in {*files, INDEX}:
                 path.unlink()
         self._obsolete = self._waiting()
         self._write(self._entries)
+
+
+def _agreed(processes: Processes, entries: Mapping[str, Any], count: int) -> int:
+    """The largest number of first entries, at most `count`, that is closed in all processes."""
+    while (least := min(processes.everybodys(own := _closed(entries, count)))) < count:
+        count = least
+    return own
 
 
 def _closed(entries: Mapping[str, Any], count: int) -> int:
@@ -169,12 +180,40 @@ def _read(path: Path) -> dict[str, Any] | None:
 
 
 def _intact(folder: Path, entry: Mapping[str, Any]) -> bool:
-    path = folder / entry["file"]
-    return bool(entry.get("gone")) or (path.is_file() and _digest(path) == entry["digest"])
+    files = {} if entry.get("gone") else entry["files"]
+    return all((folder / name).is_file() and _digest(folder / name) == digest for name, digest in files.items())
+
+
+def _write(folder: Path, number: int, tensors: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, str]]:
+    """The tensors in files of about PIECE bytes: the files' names and checksums."""
+    for piece, part in enumerate(_pieces(tensors)):
+        path = folder / f"{number:06}-{piece:03}.safetensors"
+        beside = path.with_suffix(".part")
+        try:
+            save_file(part, beside)
+            digest = _digest(beside)
+            beside.replace(path)
+        except (OSError, SafetensorError):
+            beside.unlink(missing_ok=True)
+            raise
+        yield path.name, digest
+
+
+def _pieces(tensors: Iterable[tuple[str, Tensor]]) -> Iterator[dict[str, Tensor]]:
+    piece: dict[str, Tensor] = {}
+    size = 0
+    for name, value in tensors:
+        piece[name] = value.detach().cpu().contiguous()
+        size += value.numel() * value.element_size()
+        if size >= PIECE:
+            yield piece
+            piece, size = {}, 0
+    if piece:
+        yield piece
 
 
 def _digest(path: Path) -> str:
-    digest = hashlib.blake2b(digest_size=16)
+    digest = hashlib.sha256()
     with path.open("rb") as file:
         while part := file.read(1 << 22):
             digest.update(part)

@@ -95,7 +95,7 @@ class Processes:
     def _lost(self, error: RuntimeError) -> ConnectionError:
         why = str(error).strip().splitlines()
         return ConnectionError(
-            f"Process {self.index} of {self.count} has lost another one and ends too; nothing was written. If the other one "
+            f"Process {self.index} of {self.count} has lost another one and ends too; no model was written. If the other one "
             f"ended by itself, its own message says why. ({why[0] if why else type(error).__name__})"
         )
 

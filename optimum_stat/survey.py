@@ -28,7 +28,7 @@ def survey(pruner: Pruner[Any], groups: list[Group], batches: Batches) -> Rankin
         own = [group for group in rest if group.block == first[0].block]
         # no further than the block's own groups: what measures the next block would take this one's weights away
         part = _tensors(pruner.rank(own, chain([first], islice(stats, len(own) - 1))))
-        journal.keep(f"ranking {first[0].block}", part)
+        journal.keep(f"ranking {first[0].block}", part.items())
         found[first[0].block] = part
     return _joined(pruner.rank([], ()), groups, [part for part in found.values() if part is not None])
 

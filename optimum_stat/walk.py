@@ -151,11 +151,11 @@ class BlockWalk:
                 now = dict(block.named_parameters())
                 if any(now[name] is not value for name, value in before.items()):
                     note, replaced = block_state.sizes(self._model, index, block), self._journal.last(f" weights {index}")
-                    self._journal.keep(f"{what} weights {index}", now, note=note, replaces=replaced, complete=False)
+                    self._journal.keep(f"{what} weights {index}", now.items(), note=note, replaces=replaced, complete=False)
             is_last = index + 1 == len(self.blocks)
-            every = {f"{i} {j}": each for i, walk in enumerate((self, *beside)) for j, each in enumerate(walk.hidden)}
+            every = ((f"{i} {j}", each) for i, walk in enumerate((self, *beside)) for j, each in enumerate(walk.hidden))
             earlier = self._journal.full(f"{what} behind {index - 1}") if index else None
-            self._journal.keep(f"{what} behind {index}", {} if is_last else every, replaces=earlier)
+            self._journal.keep(f"{what} behind {index}", () if is_last else every, replaces=earlier)
 
     def _resumed(self, what: str, walks: Sequence[BlockWalk]) -> int:
         """Put everything into the state behind the last block that is done; returns the next one."""
@@ -167,7 +167,7 @@ class BlockWalk:
                     sizes = self._journal.note(f"{what} weights {index}")
                     block_state.restore(self._model, index, self.blocks[index], sizes, weights)
         if 0 < count < len(self.blocks):
-            for key, value in (self._journal.recall(f"{what} behind {count - 1}") or {}).items():
+            for key, value in self._journal.read(f"{what} behind {count - 1}"):
                 walk, batch = map(int, key.split())
                 walks[walk].hidden[batch] = value.to(device_of(self._model))
         return count

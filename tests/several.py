@@ -12,7 +12,17 @@ import torch
 from safetensors.torch import save_file
 from tiny import batches, tiny
 
-from optimum_stat import FisherConfig, FisherPruner, STATConfig, STATPruner, SurgeonConfig, SurgeonPruner, processes, walk
+from optimum_stat import (
+    FisherConfig,
+    FisherPruner,
+    STATConfig,
+    STATPruner,
+    SurgeonConfig,
+    SurgeonPruner,
+    journal,
+    processes,
+    walk,
+)
 
 METHODS: dict[str, tuple[Any, Any]] = {
     "stat": (STATPruner, STATConfig(keep=0.6, round_to=1)),
@@ -47,15 +57,18 @@ def main(rank: int, environment: dict[str, str], folder: Path, names: list[str],
 
 
 def prune(rank: int, folder: Path, names: list[str], fate: str) -> None:
-    """All methods that are named, on all families."""
+    """All methods that are named, on all families. fate: "killed", or "resumed FOLDER [RANK ENTRY]": that one dies there."""
     if fate == "killed" and rank == 1:
-        _die_after(4)
+        _die_after(processes.Processes, "add_up", 4)
+    state, *when = fate.split()[1:] if fate.startswith("resumed") else (None,)
+    if when and rank == int(when[0]):
+        _die_after(journal.Journal, "keep", int(when[1]))
     seen = _watched()
     for name in names:
         for family in FAMILIES:
             method, config = METHODS[name]
             pruner = method(tiny(family), config)
-            pruner.prune(examples())
+            pruner.prune(examples(), resume_from_checkpoint=state and Path(state, name, family))
             where = folder / name / family
             pruner.save_pretrained(where)
             assert (where / "model.safetensors").exists(), "the others go on only when it is there"
@@ -68,16 +81,17 @@ def prune(rank: int, folder: Path, names: list[str], fate: str) -> None:
     (folder / f"seen-{rank}.json").write_text(json.dumps(seen))
 
 
-def _die_after(count: int) -> None:
-    plain, calls = processes.Processes.add_up, []
+def _die_after(owner: Any, method: str, count: int) -> None:
+    """At the call of `method` with this number."""
+    plain, calls = getattr(owner, method), []
 
-    def add_up(self: Any, *sums: Any) -> None:
+    def counted(self: Any, *args: Any, **kwargs: Any) -> Any:
         calls.append(1)
         if len(calls) == count:
             os.kill(os.getpid(), signal.SIGKILL)
-        plain(self, *sums)
+        return plain(self, *args, **kwargs)
 
-    processes.Processes.add_up = add_up  # type: ignore[method-assign]
+    setattr(owner, method, counted)
 
 
 def _watched() -> list[list[list[int]]]:

@@ -67,6 +67,7 @@ LAYERS = (
         "command_options",
         "command_plan",
         "command_prune",
+        "command_resume",
         "command_training",
         "comparison",
         "profiling",

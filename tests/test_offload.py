@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 import warnings
 from pathlib import Path
 from typing import Any
@@ -12,7 +14,7 @@ import torch
 from safetensors.torch import load_file
 from tiny import many, outputs, tiny
 from torch import nn
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, modeling_utils
 
 from optimum_stat import FisherConfig, FisherPruner, STATConfig, STATPruner, SurgeonConfig, SurgeonPruner
 from optimum_stat.activations import Activations
@@ -88,6 +90,53 @@ def _watched(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
     monkeypatch.setattr(BlockWalk, "_forward", count)
     return seen
+
+
+def test_the_pruned_model_is_never_in_memory_as_a_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each block is on the disk before the next is corrected, and is written as a shard of its own, of an ordinary repo."""
+    placing: dict[str, Any] = {
+        "device_map": placed(dense("llama", tmp_path / "dense"), ()),
+        "offload_folder": tmp_path / "offload",
+    }
+    pruner = STATPruner.from_pretrained(tmp_path / "dense", RUNS["stat"][1], **placing)
+    stored, forward, save = [0] * 4, BlockWalk._forward, modeling_utils.safe_save_file
+
+    def count(self: BlockWalk, index: int, *args: Any) -> Any:
+        stored[index] = len(list((tmp_path / "offload").rglob("block.safetensors")))
+        return forward(self, index, *args)
+
+    def written_alone(shard: dict[str, torch.Tensor], *args: Any, **kwargs: Any) -> None:
+        assert all(p.device.type == "meta" for p in find_blocks(pruner.model).parameters())
+        save(shard, *args, **kwargs)
+
+    monkeypatch.setattr(BlockWalk, "_forward", count)
+    pruner.prune(many())
+    assert stored == [0, 1, 2, 3]
+    monkeypatch.setattr(modeling_utils, "safe_save_file", written_alone)
+    pruner.save_pretrained(tmp_path / "pruned")
+    index = json.loads((tmp_path / "pruned" / "model.safetensors.index.json").read_text())
+    shards = [load_file(tmp_path / "pruned" / name).values() for name in set(index["weight_map"].values())]
+    most = max(sum(value.nbytes for value in shard) for shard in shards)
+    weights = pruner.model.state_dict().values()
+    blocks = [sum(p.nbytes for p in block.parameters()) for block in find_blocks(pruner.model)]
+    assert most <= max(*blocks, *(value.nbytes for value in weights))
+    assert len(shards) >= 4
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "pruned")
+    assert torch.equal(outputs(again, many()[0]), outputs(pruner.model, many()[0]))
+
+
+@pytest.mark.full
+def test_memory_does_not_grow_with_the_depth(tmp_path: Path) -> None:
+    """In processes of their own, under a limit that the system enforces."""
+    script = Path(__file__).parent.parent / "examples" / "benchmarks" / "offload_memory.py"
+    sizes = ["--hidden", "512", "--neurons", "1376", "--heads", "8", "--vocabulary", "4096", "--num-tokens", "4096"]
+    peaks = []
+    for layers in (8, 24):
+        asked = [*sizes, "--layers", str(layers), "--limit", "0.4", "--folder", str(tmp_path / str(layers))]
+        done = subprocess.run([sys.executable, script, *asked], capture_output=True, text=True, check=False, timeout=600)
+        assert done.returncode == 0, done.stderr
+        peaks.append(json.loads(done.stdout)["peak_gb_above_imports"])
+    assert peaks[1] < 1.1 * peaks[0]
 
 
 def test_gradients_by_block_are_those_of_whole_passes(tmp_path: Path) -> None:

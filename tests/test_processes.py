@@ -102,8 +102,25 @@ def test_a_lost_process_ends_the_others(tmp_path: Path) -> None:
     assert time.monotonic() - start < 60
     for rank in (0, 2):
         why = (tmp_path / "found" / f"error-{rank}.txt").read_text()
-        assert why.startswith(f"ConnectionError: Process {rank} of 3 has lost another one and ends too; nothing was written.")
+        assert why.startswith(f"ConnectionError: Process {rank} of 3 has lost another one and ends too; no model was written.")
     assert {path.name for path in (tmp_path / "found").iterdir()} == {"error-0.txt", "error-2.txt"}
+
+
+@pytest.mark.parametrize("name", ["stat", pytest.param("surgeon", marks=pytest.mark.full)])
+def test_a_run_that_lost_a_process_goes_on(name: str, tmp_path: Path) -> None:
+    """Whichever it was, and however far the others had come: in the end the model of a run in one piece, bit for bit."""
+    pruned(2, tmp_path / "whole", [name])
+    for start, dies in enumerate(("1 3", "0 4", "1 6", "")):
+        folder = tmp_path / str(start)
+        codes = launched(2, folder, [name], f"resumed {tmp_path / 'state'} {dies}")
+        if dies:
+            assert sorted(codes) == [-9, 1], (codes, [path.read_text() for path in folder.glob("error*")])
+            assert codes[int(dies[0])] == -9
+    assert codes == [0, 0], [path.read_text() for path in folder.glob("error*")]
+    for family in several.FAMILIES:
+        expected, found = (load_file(each / name / family / "model.safetensors") for each in (tmp_path / "whole", folder))
+        assert expected.keys() == found.keys()
+        assert all(torch.equal(found[key], value) for key, value in expected.items())
 
 
 def test_the_command_under_a_launcher(tmp_path: Path) -> None:

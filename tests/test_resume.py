@@ -121,7 +121,7 @@ def test_damage_is_noticed_and_done_again(damage: str, which: int, tmp_path: Pat
     stop_after(9)
     with pytest.raises(Stop):
         pruned("stat", "llama", tmp_path)
-    path = sorted(tmp_path.rglob("*.safetensors"), key=lambda path: int(path.stem))[which]
+    path = sorted(tmp_path.rglob("*.safetensors"))[which]
     raw = bytearray(path.read_bytes())
     if damage == "cut":
         path.write_bytes(raw[: len(raw) // 2])
@@ -182,20 +182,34 @@ def test_the_journal_keeps_what_others_may_still_need(tmp_path: Path) -> None:
     """An entry that was replaced goes only when the next one is written, and its end is remembered."""
     journal = Journal.open(tmp_path, {"a": 1}, ALONE)
     value = {"x": torch.arange(5)}
-    journal.keep("first", value, note=[1])
-    journal.keep("second", value, replaces="first")
+    journal.keep("first", value.items(), note=[1])
+    journal.keep("second", value.items(), replaces="first")
     assert torch.equal((journal.recall("first") or {})["x"], value["x"])
-    journal.keep("third", {}, complete=False)
+    journal.keep("third", (), complete=False)
     assert len(Journal.open(tmp_path, {"a": 1}, ALONE)._entries) == 2
     journal = Journal.open(tmp_path, {"a": 1}, ALONE)
     assert "third" not in journal
-    journal.keep("third", {})
+    journal.keep("third", ())
     assert journal.recall("first") == {}
     assert journal.note("first") == [1]
     assert journal.recall("fourth") is None
-    (path,) = [path for path in tmp_path.rglob("1.safetensors")]
+    (path,) = [path for path in tmp_path.rglob("000001-000.safetensors")]
     path.write_bytes(b"")
     assert not Journal.open(tmp_path, {"a": 1}, ALONE)._entries, "what the first entry was replaced by is lost, so both are"
+
+
+def test_large_entries_are_written_and_read_in_pieces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("optimum_stat.journal.PIECE", 1000)
+    values = ((str(index), torch.full((150,), float(index))) for index in range(6))
+    Journal.open(tmp_path, {}, ALONE).keep("many", values)
+    journal, files = Journal.open(tmp_path, {}, ALONE), sorted(tmp_path.rglob("*.safetensors"))
+    assert len(files) == 3
+    found = list(journal.read("many"))
+    assert [name for name, _ in found] == list("012345")
+    assert all(torch.equal(value, torch.full((150,), float(name))) for name, value in found)
+    files[1].unlink()
+    assert "many" not in Journal.open(tmp_path, {}, ALONE)
+    assert not list(tmp_path.rglob("*.safetensors")), "what is left of it goes too"
 
 
 @pytest.fixture(scope="module")
@@ -238,7 +252,7 @@ def test_killed_at_random_moments(method: str, kills: int, dense: Path, tmp_path
             code = 1
             try:
                 sys.stdout = sys.stderr = open(os.devnull, "w")  # noqa: SIM115
-                main(command(dense, output, method, "--resume"))
+                main(command(dense, output, method, *(["--resume"] if killed else [])))
                 code = 0
             finally:
                 os._exit(code)
@@ -255,3 +269,29 @@ def test_killed_at_random_moments(method: str, kills: int, dense: Path, tmp_path
     assert {path.name for path in tmp_path.iterdir()} == {"whole", "out"}
     assert (output / "model.safetensors").read_bytes() == (tmp_path / "whole" / "model.safetensors").read_bytes()
     assert (output / "config.json").read_text() == (tmp_path / "whole" / "config.json").read_text()
+
+
+@pytest.mark.parametrize("stop", [KeyboardInterrupt, OSError("disk"), ValueError("not again")])
+def test_what_a_stopped_run_leaves(
+    stop: Any, dense: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The first run needs no flag; the next needs it, or is told of it. What would fail again leaves nothing."""
+    asked = command(dense, tmp_path / "out", "stat", "--max-examples", "200")
+    with monkeypatch.context() as patch:
+        patch.setattr(STATPruner, "repair", lambda *_: (_ for _ in ()).throw(stop))
+        with pytest.raises(SystemExit):
+            main(asked)
+    left = [] if isinstance(stop, ValueError) else ["out.resume"]
+    assert [path.name for path in tmp_path.iterdir()] == left
+    if not left:
+        return
+    with pytest.raises(SystemExit):
+        main(asked)
+    assert "holds what a run that was stopped has finished; nothing was done" in capsys.readouterr().err
+    measure, measured = STATPruner.measure, []
+    monkeypatch.setattr(STATPruner, "measure", lambda self, groups, *_: measured.append(len(groups)) or measure(self, groups, *_))
+    main([*asked, "--resume"])
+    assert not measured, "nothing is left to measure"
+    main([*command(dense, tmp_path / "whole", "stat", "--max-examples", "200")])
+    assert {path.name for path in tmp_path.iterdir()} == {"whole", "out"}
+    assert (tmp_path / "out" / "model.safetensors").read_bytes() == (tmp_path / "whole" / "model.safetensors").read_bytes()

@@ -79,7 +79,7 @@ class Tuning:
                 if index + 1 < len(self.student.blocks):
                     self.student.advance(index)
             found = {group.name: masks[group.name] for group in own}
-            self.journal.keep(f"factors {index}", found, complete=False)
+            self.journal.keep(f"factors {index}", found.items(), complete=False)
         return self._fold(masks)
 
     def _targets(self, index: int, own: list[Group], masks: dict[str, Tensor]) -> dict[str, list[Tensor]]:

@@ -127,7 +127,7 @@ class STATPruner(Pruner[STATConfig]):
         found = self.journal.recall("gradients")
         if found is None:
             found = output_fisher(self.model, groups, batches, self.config.seed)
-            self.journal.keep("gradients", found)
+            self.journal.keep("gradients", found.items())
         return found
 
     def rank(self, groups: list[Group], stats: Iterable[tuple[Group, Moments]]) -> Ranking:

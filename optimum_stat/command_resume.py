@@ -1,0 +1,78 @@
+"""What `prune` writes down on the way, beside what it will write, and when that goes."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from .command_base import LOGGER, MAIN
+
+
+@dataclass(frozen=True)
+class Unfinished:
+    """The folder OUTPUT.resume of a run that is under way, or was stopped."""
+
+    output: Path
+    resume: bool
+    """Whether the user wants to go on with what is in it."""
+    written: bool
+    """Whether the run that was stopped had written OUTPUT."""
+
+    @classmethod
+    def of(cls, output: Path, *, resume: bool) -> Unfinished:
+        """Look what is there.
+
+        Raises:
+            FileExistsError: something is there, and the user does not want to go on with it.
+        """
+        found = cls(output, resume, resume and (output / "stat_recipe.json").is_file() and _folder(output).exists())
+        if not resume and found.folder.exists():
+            raise FileExistsError(
+                f"{found.folder} holds what a run that was stopped has finished; nothing was done. The same command with "
+                "--resume goes on from there; delete the folder to begin anew."
+            )
+        return found
+
+    @property
+    def folder(self) -> Path:
+        """Where it is."""
+        return _folder(self.output)
+
+    def arguments(self, pruner: Any) -> dict[str, Any]:
+        """For `prune`: to write down what is finished, if it can be done or the user insists."""
+        from .calibration import unjournaled
+
+        return {"resume_from_checkpoint": self.folder} if self.resume or unjournaled(pruner) is None else {}
+
+    @contextmanager
+    def at_work(self) -> Iterator[None]:
+        """Afterwards the folder is gone; not if the run was stopped by something that the same command need not meet again."""
+        try:
+            yield
+        except (ValueError, TypeError, ImportError):
+            if not self.resume:
+                self._remove()
+            raise
+        except BaseException:
+            if self.folder.exists():
+                LOGGER.info("what is finished is in %s: the same command with --resume goes on from there.", self.folder)
+            raise
+        self._remove()
+
+    def clear_half_written(self) -> None:
+        """Half-written folders that a killed run of this command left beside OUTPUT."""
+        if self.resume and MAIN:
+            for folder in self.output.parent.glob(f".{self.output.name}-????????"):
+                shutil.rmtree(folder, ignore_errors=True)
+
+    def _remove(self) -> None:
+        if MAIN:
+            shutil.rmtree(self.folder, ignore_errors=True)
+
+
+def _folder(output: Path) -> Path:
+    return output.with_name(f"{output.name}.resume")
