@@ -157,9 +157,10 @@ class Journal:
 
 def _agreed(processes: Processes, entries: Mapping[str, Any], count: int) -> int:
     """The largest number of first entries, at most `count`, that is closed in all processes."""
-    while (least := min(processes.everybodys(own := _closed(entries, count)))) < count:
-        count = least
-    return own
+    count = _closed(entries, count)
+    while len(set(everybodys := processes.everybodys(count))) > 1:  # the same for all, so that all ask equally often
+        count = _closed(entries, min(everybodys))
+    return count
 
 
 def _closed(entries: Mapping[str, Any], count: int) -> int:

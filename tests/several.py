@@ -60,7 +60,7 @@ def prune(rank: int, folder: Path, names: list[str], fate: str) -> None:
     """All methods that are named, on all families. fate: "killed", or "resumed FOLDER [RANK ENTRY]": that one dies there."""
     if fate == "killed" and rank == 1:
         _die_after(processes.Processes, "add_up", 4)
-    state, *when = fate.split()[1:] if fate.startswith("resumed") else (None,)
+    place, *when = fate.split()[1:] if fate.startswith("resumed") else (None,)
     if when and rank == int(when[0]):
         _die_after(journal.Journal, "keep", int(when[1]))
     seen = _watched()
@@ -68,7 +68,7 @@ def prune(rank: int, folder: Path, names: list[str], fate: str) -> None:
         for family in FAMILIES:
             method, config = METHODS[name]
             pruner = method(tiny(family), config)
-            pruner.prune(examples(), resume_from_checkpoint=state and Path(state, name, family))
+            pruner.prune(examples(), resume_from_checkpoint=place and Path(place, name, family))
             where = folder / name / family
             pruner.save_pretrained(where)
             assert (where / "model.safetensors").exists(), "the others go on only when it is there"

@@ -468,7 +468,7 @@ def test_debug_shows_the_traceback(folders: dict[str, str], tmp_path: Path) -> N
 
 
 @pytest.mark.timeout(90)
-def test_ctrl_c_leaves_nothing(data: dict[str, str], tmp_path: Path) -> None:
+def test_ctrl_c_leaves_what_is_finished(data: dict[str, str], tmp_path: Path) -> None:
     slow = GPT2Config(vocab_size=30, n_embd=128, n_layer=16, n_head=4, n_positions=64, bos_token_id=2, eos_token_id=3)
     model = save(GPT2LMHeadModel(slow), tmp_path / "model")
     home = tmp_path / "home"
