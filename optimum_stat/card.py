@@ -116,6 +116,7 @@ def _asks(config: dict[str, Any]) -> dict[str, Any]:
     defaults = PruningConfig().to_dict()
     serving = {name for name in config if name.startswith("serve_")}
     aside = {"latency_table"} if config["budget"] in ("latency", "memory") else {"latency_table", *serving}
+    aside |= {"keep"} if config.get("milliseconds") is not None else set()
     aside |= {"structures"} if config.get("structures") == defaults["structures"] else set()
     return {
         name: "none" if value is None else ",".join(value) if isinstance(value, list) else value

@@ -50,6 +50,8 @@ class PruningConfig:
     """Whose latency: "prefill" (a forward pass over all tokens), or "decode" (over one more token, with a cache)."""
     serve_compiled: bool = False
     """Whether the latency is that of the model under torch.compile. Compiling every size takes its time."""
+    milliseconds: float | None = None
+    """What a latency budget allows, as a time; `keep` then follows from it. None: `keep` says it as a share."""
     latency_table: str | None = None
     """A file with latencies that an earlier run measured: a recipe (stat_recipe.json), or a table of its own. None: they are
     measured, and remembered for the next run on this device."""
@@ -66,6 +68,9 @@ class PruningConfig:
             raise ValueError(f"keep={self.keep} asked; it is the share of the model that stays and must lie in (0, 1].")
         if self.budget not in BUDGETS:
             raise ValueError(f"budget={self.budget!r} asked; it must be one of {', '.join(map(repr, BUDGETS))}.")
+        if self.milliseconds is not None and (self.budget != "latency" or not self.milliseconds > 0):
+            what = f"milliseconds={self.milliseconds} asked under budget={self.budget!r}"
+            raise ValueError(f'{what}; it must be a time above 0, under budget="latency".')
         if self.serve_phase not in PHASES:
             raise ValueError(f"serve_phase={self.serve_phase!r} asked; it must be one of {', '.join(map(repr, PHASES))}.")
         if not isinstance(self.distill_epochs, int) or self.distill_epochs < 0:

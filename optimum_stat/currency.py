@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from .budget import Cost, Lengths, model_cost, options, unit_cost
-from .config import PruningConfig
+from .config import C, PruningConfig
 from .data import Batches
 from .families import Group, find_groups
 from .latency import LatencyTable
@@ -21,6 +22,7 @@ from .timing import Setting
 if TYPE_CHECKING:
     from .report import TimedStage
 
+logger = logging.getLogger(__name__)
 UNITS = {"params": "params", "macs": "macs", "memory": "bytes of memory"}
 
 
@@ -58,6 +60,23 @@ class Currency:
         residents = Residents.of(model, config.serve_batch_size, length) if config.budget == "memory" else None
         given = config.latency_table is not None
         return cls(model, config.budget, config.round_to, config.structures, seq_len, dense, table, given, residents)
+
+    def asked(self, config: C, keep: float | None) -> C:
+        """With the share that its `milliseconds` are, if there are any.
+
+        Raises:
+            ValueError: there are, and a share is asked for besides.
+        """
+        if self.table is None or config.milliseconds is None:
+            return config
+        if keep is not None:
+            raise ValueError(
+                f"milliseconds={config.milliseconds} asked of a sweep or plan, which has shares: leave it out."
+            )
+        share = config.milliseconds * 1e6 / self.table.total
+        if share >= 1:
+            logger.warning("%s ms asked; the model takes %.3f as it is.", config.milliseconds, self.table.total / 1e6)
+        return replace(config, keep=min(1.0, share))
 
     def limit(self, keep: float) -> float:
         """What the kept units may cost together: the share `keep` of the dense model's cost, less what no plan can remove.

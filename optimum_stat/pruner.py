@@ -126,7 +126,7 @@ class Pruner(ABC, Generic[C]):
         there and ends in the same model. The folder stays: delete it when the model is saved.
         If anything goes wrong, a model that was handed in live is as it was before, bit for bit.
         """
-        batches = self._start(self.config.keep, dataset, text_columns, label_column)
+        batches = self._start(None, dataset, text_columns, label_column)
         schedule, lines = self.schedule(), []
         self.journal = calibration.open_journal(self, resume_from_checkpoint, batches)
         with self.at_work(), self._guard(self.model):
@@ -246,15 +246,16 @@ class Pruner(ABC, Generic[C]):
         """Push what `save_pretrained` writes to the Hub; the commit's address. `kwargs`: private, token, revision, create_pr."""
         return checkpoint.push(self, repo_id, **kwargs)
 
-    def _start(self, keep: float, dataset: Any, text_columns: Columns, label_column: str | None) -> Batches:
-        """Read the data, fix what is counted, and refuse what cannot be done; the model is not touched."""
+    def _start(self, keep: float | None, dataset: Any, text_columns: Columns, label_column: str | None) -> Batches:
+        """Read the data, fix what is counted, and refuse what cannot be done; the model is not touched. No keep: the config's."""
         model = self.model
         check_finite(model)
         calibration.refuse_offloaded(self)
         batches = self._read(dataset, text_columns, label_column)
         self.stages.clear()
         self._currency = Currency.of(model, self.config, batches, self.cost(batches), self.timer())
-        self.check(keep, batches)
+        self.config = self.currency.asked(self.config, keep)
+        self.check(keep or self.config.keep, batches)
         self._dense = teacher_of(model) if self.config.distill_epochs else None
         return batches
 

@@ -274,6 +274,38 @@ def test_a_model_takes_as_long_as_was_asked(pruner: Any, config: Any, tmp_path: 
     assert again.currency.table == own.currency.table
 
 
+def test_milliseconds_are_a_share_of_what_the_model_takes(clock: Clock, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    def pruned(config: FisherConfig) -> FisherPruner:
+        pruner = FisherPruner(slow(tiny("bert"), 2, 0.2, 10), config)
+        pruner.prune(many())
+        return pruner
+
+    found = pruned(FisherConfig(budget="latency", milliseconds=30.0))
+    latency = found.report.latency
+    assert latency is not None
+    assert latency.asked == pytest.approx(30.0)
+    assert 28 < latency.measured <= 30
+    same = pruned(FisherConfig(budget="latency", keep=30.0 / latency.dense))
+    assert [group.kept for group in found.report.groups] == [group.kept for group in same.report.groups]
+    found.save_pretrained(tmp_path / "pruned")
+    card = (tmp_path / "pruned" / "README.md").read_text()
+    assert "--milliseconds 30.0" in card
+    assert "--keep" not in card
+    with pytest.raises(ValueError, match=r"keep=0\.\d+ of .* ms for .* asked, but one head and 8 neurons"):
+        pruned(FisherConfig(budget="latency", milliseconds=11.0))
+    with pytest.raises(ValueError, match=r"milliseconds=30.0 asked of a sweep"):
+        list(FisherPruner(slow(tiny("bert"), 2, 0.2, 10), found.config).sweep(many(), [0.8]))
+    assert "as it is" not in caplog.text
+    assert pruned(FisherConfig(budget="latency", milliseconds=100.0)).report.reached == 1
+    assert "100.0 ms asked; the model takes 43.6" in caplog.text
+
+
+@pytest.mark.parametrize("asked", [{"milliseconds": 0.0, "budget": "latency"}, {"milliseconds": 20.0, "budget": "macs"}])
+def test_milliseconds_without_a_latency_are_refused(asked: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=r"milliseconds=.*asked under budget=.*a time above 0, under budget=\"latency\""):
+        STATConfig(**asked)
+
+
 def test_models_are_timed_until_one_takes_as_long_as_was_predicted(clock: Clock, tmp_path: Path) -> None:
     """Here heads and neurons of one block share what they take: no sum of their times says so, nor what is small throughout."""
 
