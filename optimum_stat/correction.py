@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from .families import Group, weight
-from .linalg import add_to_gram, damped, solve_psd, symmetrize
+from .linalg import add_to_gram, damped_diagonal, solve_psd, symmetrize
 from .slicing import consumer_columns, set_weight, slice_group
 from .walk import BlockWalk
 
@@ -39,7 +39,7 @@ def corrected_consumer(
 
     walk.run(group.block, [group], add)
     walk.processes.add_up(sums)
-    change = solve_psd(damped(symmetrize(gram), ridge), cross).T
+    change = _solved(sums, ridge)
     corrected = (full[:, columns] + change[:, : len(columns)]).to(full.dtype)
     return corrected, (bias + change[:, -1]).to(bias.dtype) if constant and isinstance(bias, Tensor) else None
 
@@ -65,8 +65,16 @@ def slice_and_correct(walk: BlockWalk, group: Group, keep: Tensor, ridge: float)
 
     walk.run(group.block, [group], add)
     walk.processes.add_up(sums)
-    change = solve_psd(damped(symmetrize(gram), ridge), cross).T
+    change = _solved(sums, ridge)
     set_weight(group.consumer, (small + change).to(small.dtype))
+
+
+def _solved(sums: Tensor, ridge: float) -> Tensor:
+    """`((G + ridge diag G)^-1 C)^T` of `sums` = [G, C]; the sums are lost, as there may be no memory for a second G."""
+    gram, cross = sums[:, : len(sums)], sums[:, len(sums) :]
+    symmetrize(gram)
+    gram.diagonal().copy_(damped_diagonal(gram, ridge))
+    return solve_psd(gram, cross).T
 
 
 def set_bias(linear: nn.Module, value: Tensor) -> None:

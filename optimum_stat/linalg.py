@@ -34,8 +34,11 @@ def add_to_gram(gram: Tensor, rows: Tensor) -> None:
 
 def symmetrize(gram: Tensor) -> Tensor:
     """Copy the upper triangle onto the lower one, in place."""
-    lower = torch.ones_like(gram, dtype=torch.bool).tril_(-1)
-    gram[lower] = gram.T[lower]
+    for start in range(0, len(gram), CHUNK):  # a mask of all of it would take more memory than the matrix
+        stop = min(start + CHUNK, len(gram))
+        gram[start:stop, :start] = gram[:start, start:stop].T
+        corner = gram[start:stop, start:stop]
+        corner.copy_(corner.triu() + corner.triu(1).T)
     return gram
 
 
@@ -44,9 +47,16 @@ def damped(gram: Tensor, ridge: float) -> Tensor:
 
     Proportional to the diagonal, not to its mean: one massive column would otherwise drown all others.
     """
+    result = gram.clone()
+    result.diagonal().copy_(damped_diagonal(gram, ridge))
+    return result
+
+
+def damped_diagonal(gram: Tensor, ridge: float) -> Tensor:
+    """That of `damped`."""
     diagonal = gram.diagonal()
     floor = (diagonal.max() * 1e-12).clamp_min(1e-30)  # 1e-30: all columns may be dead, and the inverse must stay finite
-    return gram + torch.diag(ridge * diagonal + floor)
+    return diagonal + (ridge * diagonal + floor)
 
 
 def least_squares_map(gram: Tensor, keep: Tensor, ridge: float = 0.0) -> Tensor:
@@ -84,7 +94,9 @@ def solve_psd(matrix: Tensor, right: Tensor) -> Tensor:
     """`matrix^-1 right` for a symmetric positive semi-definite matrix; its null space, if any, is left out."""
     factor, info = torch.linalg.cholesky_ex(matrix)
     if int(info) == 0:
-        return torch.cholesky_solve(right, factor)
+        # cholesky_solve gives the same bits, from a copy of the factor: of models as large as memory, that is too much
+        half = torch.linalg.solve_triangular(factor, right, upper=False)
+        return torch.linalg.solve_triangular(factor.mT, half, upper=True)
     values, vectors = torch.linalg.eigh(matrix)
     inverse = torch.where(values > values[-1] * len(values) * torch.finfo(matrix.dtype).eps, 1 / values, 0)
     return vectors @ (inverse[:, None] * (vectors.T @ right))
