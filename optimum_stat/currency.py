@@ -70,9 +70,7 @@ class Currency:
         if self.table is None or config.milliseconds is None:
             return config
         if keep is not None:
-            raise ValueError(
-                f"milliseconds={config.milliseconds} asked of a sweep or plan, which has shares: leave it out."
-            )
+            raise ValueError(f"milliseconds={config.milliseconds} asked of a sweep or plan, which has shares: leave it out.")
         share = config.milliseconds * 1e6 / self.table.total
         if share >= 1:
             logger.warning("%s ms asked; the model takes %.3f as it is.", config.milliseconds, self.table.total / 1e6)
