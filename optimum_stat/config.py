@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 BUDGETS = ("params", "macs", "memory", "latency")
-STRUCTURES = ("heads", "neurons", "hidden", "layers")
+STRUCTURES = ("heads", "neurons", "experts", "hidden", "layers")
 PHASES = ("prefill", "decode")
 C = TypeVar("C", bound="PruningConfig")
 
@@ -58,7 +58,8 @@ class PruningConfig:
 
     structures: tuple[str, ...] = ("heads", "neurons")
     """What may go: "heads" (of key/value heads with the query heads that read them), "neurons" of the MLPs, dimensions of the
-    "hidden" states (the residual stream) and whole "layers". Outside the blocks, only "hidden" changes anything."""
+    "hidden" states (the residual stream), whole "experts" with their rows of the router and whole "layers". Outside the blocks,
+    only "hidden" changes anything."""
 
     def __post_init__(self) -> None:
         """Refuse values that no run could honour."""
@@ -82,8 +83,8 @@ class PruningConfig:
 
     @property
     def trunk(self) -> tuple[str, ...]:
-        """Those of `structures` that all blocks share."""
-        return tuple(name for name in ("layers", "hidden") if name in self.structures)
+        """Those of `structures` that are decided and cut before heads and neurons."""
+        return tuple(name for name in ("layers", "experts", "hidden") if name in self.structures)
 
     def _check_structures(self) -> None:
         wrong = [name for name in self.structures if name not in STRUCTURES]
@@ -91,6 +92,9 @@ class PruningConfig:
             raise ValueError(f"structures={self.structures!r} asked; it must name some of {', '.join(map(repr, STRUCTURES))}.")
         if self.trunk and self.budget == "latency":
             raise ValueError(f"{self.trunk[0]!r} asked under a latency budget, whose table has times of heads and neurons only.")
+
+        if {"layers", "experts"} <= {*self.structures}:
+            raise ValueError("'layers' and 'experts' asked together: ask for one of them, then prune the result for the other.")
 
     def refuse_trunk(self, by: str) -> None:
         """Say no where layers and hidden dimensions cannot go."""

@@ -82,6 +82,32 @@ def slice_stacked(module: Any, rows: Tensor, keep: Tensor) -> None:
 
 
 @torch.no_grad()
+def keep_stacked(module: Any, keep: Tensor) -> None:
+    """Keep the experts `keep`, open or stacked."""
+    if not is_open(module):
+        for name in (_up_name(module), EXPERTS_DOWN):
+            for own in (name, f"{name}_bias"):
+                if module._parameters.get(own) is not None:
+                    _set(module, own, getattr(module, own)[keep.to(getattr(module, own).device)])
+        return
+    made: Any = getattr(module, UP)
+    reads: Any = getattr(module, DOWN)
+    count, at = int(module.num_experts), keep.to(made.weight.device)
+    for name, value in list(made.named_parameters()):
+        setattr(made, name, nn.Parameter(value.unflatten(0, (count, -1))[at].flatten(0, 1).clone(), value.requires_grad))
+    columns = reads.weight.unflatten(1, (-1, count))[..., at].flatten(1)
+    reads.weight = nn.Parameter(columns.clone(), reads.weight.requires_grad)
+    made.out_features, reads.in_features = len(made.weight), reads.weight.shape[1]
+    if BIAS in module._parameters:
+        _set(module, BIAS, getattr(module, BIAS)[at])
+
+
+def set_aside(model: nn.Module) -> list[Tensor]:
+    """The parameters that the experts of `model` have while they are stacked, of those that are open."""
+    return [value for module in opened_in(model) if is_open(module) for value in module.__dict__[CLOSED][0].values()]
+
+
+@torch.no_grad()
 def _open(module: Any) -> None:
     made, reads, _ = linears_of_experts(module)
     up, down, name = _rows_first(module, _up(module)), _rows_first(module, getattr(module, EXPERTS_DOWN)), _up_name(module)
@@ -103,7 +129,9 @@ def _open(module: Any) -> None:
 def _close(module: Any) -> None:
     made, reads = module._modules.pop(UP), module._modules.pop(DOWN)
     parameters, before = module.__dict__.pop(CLOSED)
-    module._parameters.pop(BIAS, None)
+    bias = module._parameters.pop(BIAS, None)
+    if bias is not None:
+        parameters = {**parameters, f"{EXPERTS_DOWN}_bias": bias}
     del module.forward
     for name, value in parameters.items():
         module.register_parameter(name, value)

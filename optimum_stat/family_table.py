@@ -53,6 +53,10 @@ EXPERTS_DOWN = "down_proj"
 EXPERTS_OF_A_TOKEN = "num_experts_per_tok"
 EXPERT_WIDTHS = ("intermediate_dim", "intermediate_size", "expert_dim")
 """Integers of it that say how many neurons an expert has."""
+EXPERT_COUNT = "num_experts"
+"""How many there are, in their module and in the router."""
+ROUTERS = ("gate", "router")
+"""What chooses a token's experts, beside them; its weight has a row for each."""
 NORM_BEFORE_ATTENTION = (
     "input_layernorm",
     "attention_layernorm",

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from .anatomy import at, attentions, is_linear
+from .experts import set_aside
 from .families import Group, applications_of, find_blocks, find_groups, weight
 from .family_table import LAYER_INDEX, PER_HEAD
 
@@ -110,14 +111,15 @@ def shorten(model: Any, keep: list[int]) -> None:
     config.num_hidden_layers = len(own)
 
 
-def without_weights(model: Any, blocks: list[int], keep: Tensor) -> Any:
-    """A copy on the meta device that keeps these blocks and dimensions."""
-    tensors = [*model.parameters(), *model.buffers()]
+def without_weights(model: Any, blocks: list[int], keep: Tensor | None = None) -> Any:
+    """A copy on the meta device that keeps these blocks and dimensions (None: all)."""
+    tensors = [*model.parameters(), *model.buffers(), *set_aside(model)]
     memo: dict[int, Any] = {id(each): torch.empty_like(each, device="meta") for each in tensors}
-    memo |= {id(each): nn.Parameter(memo[id(each)], requires_grad=False) for each in model.parameters()}
+    memo |= {id(each): nn.Parameter(memo[id(each)], requires_grad=False) for each in (*model.parameters(), *set_aside(model))}
     small = copy.deepcopy(model, memo)
     shorten(small, blocks)
-    narrow(small, keep)
+    if keep is not None:
+        narrow(small, keep)
     return small
 
 

@@ -15,6 +15,7 @@ from torch import nn
 
 from .blocks import width_of_head
 from .families import Group, family_of, find_groups, weight
+from .routers import counts, find_mixtures, keep_experts
 from .slicing import keep_heads, kept_heads, set_count, slice_group
 from .stream import narrow
 
@@ -22,6 +23,7 @@ KEY = "stat_pruning"
 FORMAT = 1
 SIZES = ("heads", "key_value_heads", "neurons")
 HIDDEN = "hidden"  # dimensions of the residual stream: only where some went
+EXPERTS_LEFT = "experts"  # block by block, where there are some
 INEXACT = "inexact"  # groups whose units change with each of them that goes; for the reader
 HEADS = "kept_heads"  # which ones, block by block: only where a bias that is made for all blocks has a share for each
 
@@ -44,7 +46,7 @@ def describe(model: Any) -> dict[str, Any]:
     width = weight(groups[0].consumer).shape[0]
     narrowed = {} if groups[-1].stack or width == model.config.hidden_size else {HIDDEN: width}
     inexact = [group.name for group in groups if group.inexact]
-    others = {HEADS: biased, INEXACT: inexact}
+    others = {HEADS: biased, EXPERTS_LEFT: counts(model), INEXACT: inexact}
     return {"format": FORMAT, **sizes, **narrowed, **{name: value for name, value in others.items() if value}}
 
 
@@ -75,6 +77,8 @@ def replay(model: nn.Module) -> None:
     _check_form(record)
     if HIDDEN in record:
         _narrow(model, record[HIDDEN])
+    if EXPERTS_LEFT in record:
+        _keep_experts(model, record[EXPERTS_LEFT])
     groups = find_groups(model)
     record = _own_part(model, record, groups)
     by_structure = {structure: [group for group in groups if group.structure == structure] for structure in ("heads", "neurons")}
@@ -136,7 +140,7 @@ def _check_form(record: Any) -> None:
             f"{KEY} in config.json has format {found!r}; this optimum-stat reads format {FORMAT}. "
             "A newer optimum-stat may know it: pip install -U optimum-stat."
         )
-    unknown = sorted(record.keys() - {"format", *SIZES, HIDDEN, HEADS, INEXACT})
+    unknown = sorted(record.keys() - {"format", *SIZES, HIDDEN, HEADS, EXPERTS_LEFT, INEXACT})
     if unknown:
         raise ValueError(f"{KEY} in config.json holds {', '.join(unknown)}, which format {FORMAT} does not have.")
     for name in SIZES:
@@ -153,6 +157,19 @@ def _narrow(model: Any, width: Any) -> None:
             f"whole number between 1 and {now}. Was config.json edited, or is it another model's?"
         )
     narrow(model, torch.arange(width, device="cpu"))
+
+
+def _keep_experts(model: Any, sizes: Any) -> None:
+    mixtures = find_mixtures(model)
+    whole = isinstance(sizes, list) and len(sizes) == len(mixtures) and all(type(size) is int for size in sizes)
+    if not whole or not all(each.fewest <= size <= each.units for each, size in zip(mixtures, sizes, strict=True)):
+        room = ", ".join(f"{each.fewest} to {each.units}" for each in mixtures) or "no experts"
+        raise ValueError(f"{KEY} in config.json records {sizes!r} experts; block by block, the dense model has room for {room}.")
+    parts, first = [], 0
+    for mixture, size in zip(mixtures, sizes, strict=True):
+        parts.append(torch.arange(first, first + size, device="cpu"))
+        first += mixture.units
+    keep_experts(model, torch.cat(parts))
 
 
 def _cut(group: Group, size: int) -> None:

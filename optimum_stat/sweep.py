@@ -73,8 +73,8 @@ def forecasts(pruner: Pruner[Any], shares: list[float], batches: Batches) -> tup
     if pruner.counts == "weights":
         raise ValueError("A plan asked of a method that makes zeros: what a weight costs depends on which others go with it.")
     found, nats, currency = list[Forecast](), pruner.nats(batches), pruner.currency
-    groups = find_groups(pruner.model, pruner.config.structures)
     with pruner.at_work():
+        groups = find_groups(pruner.model, pruner.config.structures)
         ranking = pruner.survey(groups, batches, pruner.timer())
         for share in shares:
             if found and not smallest(pruner.config.trunk, currency).reaches(share):

@@ -37,5 +37,7 @@ class TrainedConfig(PruningConfig):
                 f"distill_epochs={self.distill_epochs} asked; methods that train have a teacher all along, see distill, and "
                 "finetune_epochs for what comes after slicing."
             )
+        if "experts" in self.structures:
+            raise ValueError("'experts' asked of a method that trains, and these take no mixtures of experts.")
         if self.budget == "latency":
             raise ValueError("budget='latency' asked; methods that train count params, macs or memory.")

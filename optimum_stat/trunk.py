@@ -23,9 +23,11 @@ from .data import Batches
 from .families import Group, find_blocks, find_groups, weight
 from .gradients import outputs_of
 from .linalg import add_to_gram, cholesky, damped, error_curve, symmetrize
+from .mixtures import EXPERTS, rank_experts, refuse_without
 from .narrowing import narrow_and_correct
 from .probes import real_rows
 from .report import GroupReport, Lines
+from .routers import fewest, keep_experts
 from .slicing import Plan
 from .stream import Stream, find_stream, shorten, without_weights
 from .walk import BlockWalk
@@ -41,7 +43,7 @@ class Shape:
     """A trunk, and what heads and neurons keep on it."""
 
     sizes: Mapping[str, int]
-    """How many "layers" and "hidden" dimensions stay, if they are to be decided."""
+    """How many "layers", "experts" and "hidden" dimensions stay, if they are to be decided."""
     plan: Mapping[str, Tensor]
     """Which ones, where some go."""
     currency: Currency
@@ -69,8 +71,11 @@ def join(ranking: Ranking, model: Any, config: PruningConfig, batches: Batches, 
     """`ranking` with "layers" and "hidden" too, if they may go. nats: what an error of 1 in it stands for."""
     if not config.trunk:
         return ranking
-    own = rank_trunk(model, config.trunk, batches, config.seed, nats)
-    return replace(ranking, order={**ranking.order, **own.order}, error={**ranking.error, **own.error})
+    of_stream = [name for name in config.trunk if name != EXPERTS]
+    parts = [rank_trunk(model, of_stream, batches, config.seed, nats)] if of_stream else []
+    parts += [rank_experts(model, batches, config.seed, nats)] if EXPERTS in config.trunk else []
+    order = {name: own for part in (ranking, *parts) for name, own in part.order.items()}
+    return replace(ranking, order=order, error={name: own for part in (ranking, *parts) for name, own in part.error.items()})
 
 
 @torch.no_grad()
@@ -171,14 +176,31 @@ def smallest(structures: Sequence[str], currency: Currency) -> Currency:
             f"'hidden' asked of a {type(currency.model).__name__}, which has no head: its residual stream is what it gives, and "
             "fewer dimensions would be another output. Prune the model with its head, or leave 'hidden' out."
         )
-    width = int(weight(find_groups(currency.model)[0].consumer).shape[0])
-    layers = [0] if LAYERS in structures else list(range(len(find_blocks(currency.model))))
-    keep = torch.arange(min(currency.round_to, width) if HIDDEN in structures else width)
-    return replace(currency, model=without_weights(currency.model, layers, keep))
+    least: dict[str, Tensor] = {}
+    if EXPERTS in structures:
+        refuse_without(currency.model)
+        least[EXPERTS] = fewest(currency.model)
+    if LAYERS in structures:
+        least[LAYERS] = torch.zeros(1, dtype=torch.long)
+    if HIDDEN in structures:
+        width = int(weight(find_groups(currency.model)[0].consumer).shape[0])
+        least[HIDDEN] = torch.arange(min(currency.round_to, width))
+    return replace(currency, model=_small(currency.model, least))
+
+
+def _small(model: Any, plan: Plan) -> Any:
+    """A copy without weights, of the trunk that `plan` keeps."""
+    blocks = plan[LAYERS].tolist() if LAYERS in plan else list(range(len(find_blocks(model))))
+    small = without_weights(model, blocks, plan.get(HIDDEN))
+    if EXPERTS in plan:
+        keep_experts(small, plan[EXPERTS])
+    return small
 
 
 def cut(model: Any, plan: Plan, batches: Batches) -> None:
-    """Drop blocks, then narrow the stream and correct what reads it."""
+    """Drop blocks and experts, then narrow the stream and correct what reads it."""
+    if EXPERTS in plan:
+        keep_experts(model, plan[EXPERTS])
     if LAYERS in plan:
         shorten(model, plan[LAYERS].tolist())
     if HIDDEN in plan:
@@ -186,8 +208,8 @@ def cut(model: Any, plan: Plan, batches: Batches) -> None:
 
 
 def trunk_line(name: str, curve: Tensor, kept: int, nats: float) -> GroupReport:
-    """What a report says of "layers" or "hidden"; curve: the error for every number kept."""
-    most = float(curve[1]) if name == LAYERS else float(curve[0])  # the first block cannot go
+    """What a report says of "layers", "experts" or "hidden"; curve: the error for every number kept."""
+    most = float(curve[curve.isfinite()].max()) or 1.0  # what must stay stands at infinity
     return GroupReport(name, len(curve) - 1, kept, float(curve[kept]) / most, nats * float(curve[kept]))
 
 
@@ -219,7 +241,7 @@ def _sums_of_what_goes(lost: Tensor) -> Tensor:
 
 def _sizes(axis: str, ranking: Ranking, currency: Currency) -> range:
     units = len(ranking.order[axis])
-    step = 1 if axis == LAYERS else currency.round_to
+    step = {LAYERS: 1, EXPERTS: max(1, units // 128)}.get(axis, currency.round_to)
     return range(units, 0, -step)
 
 
@@ -239,8 +261,7 @@ def _shape(
     plan = {name: ranking.order[name][:count].sort().values for name, count in kept.items()}
     if kept:
         blocks = plan.get(LAYERS, torch.arange(len(find_blocks(currency.model)))).tolist()
-        width = int(weight(find_groups(currency.model)[0].consumer).shape[0])
-        currency = replace(currency, model=without_weights(currency.model, blocks, plan.get(HIDDEN, torch.arange(width))))
+        currency = replace(currency, model=_small(currency.model, plan))
         ranking = _renamed(
             ranking,
             {group.name: f"{blocks.index(group.block)}.{group.place}" for group in groups if group.block in blocks},

@@ -33,6 +33,8 @@ LAYERS = (
         "walk",
         "budget",
         "knapsack",
+        "routers",
+        "mixtures",
         "slicing",
         "stream",
         "narrowing",
