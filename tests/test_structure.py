@@ -305,13 +305,16 @@ def test_lora_on_top(family: str, tmp_path: Path):
     base = pruned(family)
     base.save_pretrained(tmp_path / "base")
     names = {module: name.rpartition(".")[2] for name, module in base.named_modules()}
-    chosen = [names[linear] for group in find_groups(base) for linear in (group.producers[-1].linear, group.consumer)]
+    # peft takes the linears of a dense block beside experts for some of theirs
+    groups = [group for group in find_groups(base) if family not in MIXTURES or group.structure == "heads"]
+    linears = [*(producer.linear for group in groups for producer in group.producers), *(group.consumer for group in groups)]
+    chosen = [names[linear] for linear in linears]
     load = type(base).from_pretrained
     fan_in = {"fan_in_fan_out": True} if family == "gpt2" else {}
     adapted = get_peft_model(load(tmp_path / "base"), LoraConfig(r=2, target_modules=sorted({*chosen}), **fan_in))
-    optimizer = torch.optim.SGD([p for p in adapted.parameters() if p.requires_grad], lr=1.0)
+    optimizer = torch.optim.SGD([p for p in adapted.parameters() if p.requires_grad], lr=0.1)
     for _ in range(2):  # the first step moves B alone
-        predicted(adapted(**accepted(base, data_of(family)[0]))).square().mean().backward()
+        predicted(adapted(**accepted(base, data_of(family)[0]))).abs().mean().backward()  # squares: constant where normalised
         optimizer.step()
     trained = outputs(adapted, data_of(family)[0])
     assert not torch.equal(trained, outputs(load(tmp_path / "base"), data_of(family)[0]))
@@ -321,7 +324,8 @@ def test_lora_on_top(family: str, tmp_path: Path):
     merged = loaded.merge_and_unload()
     torch.testing.assert_close(outputs(merged, data_of(family)[0]), trained, atol=1e-3, rtol=1e-3)
     merged.save_pretrained(tmp_path / "merged")
-    assert torch.equal(outputs(load(tmp_path / "merged"), data_of(family)[0]), outputs(merged, data_of(family)[0]))
+    again, wanted = load(tmp_path / "merged").state_dict(), merged.state_dict()
+    assert all(torch.equal(again[name], value) for name, value in wanted.items())
 
 
 def set_record(name: str, value: object) -> Callable[[dict[str, Any]], None]:
