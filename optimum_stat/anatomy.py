@@ -21,6 +21,7 @@ from .family_table import (
     NORM_BEFORE_CROSS,
     QUERY_KEY_VALUE,
 )
+from .few_values import FewValues, OfFewValues
 
 
 @dataclass(frozen=True)
@@ -115,6 +116,14 @@ def weight(linear: nn.Module) -> Tensor:
     value = linear.weight
     assert isinstance(value, Tensor)
     return value if isinstance(linear, nn.Linear) else value.T
+
+
+def outer_shape(linear: nn.Module) -> tuple[int, int]:
+    """(out, in) as seen from around a linear: with the value dimensions that are gone."""
+    if isinstance(linear, (FewValues, OfFewValues)):
+        return linear.out_features, linear.in_features
+    out, read = weight(linear).shape
+    return out, read
 
 
 def at(module: nn.Module, path: str) -> nn.Module | None:

@@ -30,6 +30,10 @@ class Ranking:
         """The loss with so many units of every group."""
         return float(sum(float(self.error[name][count]) for name, count in kept.items()))
 
+    def given(self, kept: Mapping[str, int]) -> Ranking:
+        """The same where `kept` stays, if the errors of some groups depend on how much of others does."""
+        return self
+
 
 def unit_cost(model: nn.Module, group: Group, budget: str, seq_len: Lengths) -> int:
     """What one unit of `group` costs.
@@ -42,16 +46,20 @@ def unit_cost(model: nn.Module, group: Group, budget: str, seq_len: Lengths) -> 
     it is these that a head sees).
     Norms, softmax and biases are not counted as MACs. Source: Kwon et al. 2022 (their released code), for encoders.
     """
+    return _whole(group, budget, seq_len) // group.units
+
+
+def _whole(group: Group, budget: str, seq_len: Lengths) -> int:
+    """What all units of a group cost, which may be unequal where value dimensions have gone."""
     if budget == "params":
         matrices = sum(_rows(p) * weight(p.linear).shape[1] for p in group.producers) + weight(group.consumer).numel()
         biases = sum(_rows(p) for p in group.producers if isinstance(p.linear.bias, Tensor))
-        vectors = sum(getattr(module, name).numel() for module, name in group.vectors)
-        return (matrices + biases + vectors) // group.units
+        return matrices + biases + sum(getattr(module, name).numel() for module, name in group.vectors)
     products = sum(_rows(p) * weight(p.linear).shape[1] * length_of(seq_len, group, p.of_context) for p in group.producers)
     products += weight(group.consumer).numel() * length_of(seq_len, group)
     products = products * group.active[0] // group.active[1]
     attended = attended_pairs(group, seq_len) if group.structure == "heads" else 0
-    return group.applications * (products // group.units + 2 * group.width * attended)
+    return group.applications * (products + 2 * group.units * group.width * attended)
 
 
 def _rows(producer: Producer) -> int:
@@ -80,7 +88,7 @@ def model_cost(model: nn.Module, budget: str, seq_len: Lengths) -> int:
     """What all transformer blocks cost: every unit, and what belongs to none: for "params" also norms, biases and the like."""
     if budget == "params":
         return sum(parameter.numel() for parameter in find_blocks(model).parameters())
-    return sum(block_fixed(model, budget, seq_len)) + sum(_whole(model, group, budget, seq_len) for group in find_groups(model))
+    return sum(block_fixed(model, budget, seq_len)) + sum(_whole(group, budget, seq_len) for group in find_groups(model))
 
 
 def block_fixed(model: nn.Module, budget: str, seq_len: Lengths) -> list[int]:
@@ -89,7 +97,7 @@ def block_fixed(model: nn.Module, budget: str, seq_len: Lengths) -> list[int]:
     if budget == "params":
         fixed = [sum(parameter.numel() for parameter in block.parameters()) for block in blocks]
         for group in groups:
-            fixed[group.block] -= _whole(model, group, budget, seq_len)
+            fixed[group.block] -= _whole(group, budget, seq_len)
         return fixed
     fixed = [0] * len(blocks)
     for group in groups:
@@ -97,10 +105,6 @@ def block_fixed(model: nn.Module, budget: str, seq_len: Lengths) -> list[int]:
             length = length_of(seq_len, group, own.of_context)
             fixed[group.block] += own.fixed * weight(own.linear).shape[1] * group.applications * length
     return fixed
-
-
-def _whole(model: nn.Module, group: Group, budget: str, seq_len: Lengths) -> int:
-    return unit_cost(model, group, budget, seq_len) * group.units
 
 
 @dataclass(frozen=True)
@@ -121,12 +125,13 @@ class Cost:
 def options(group: Group, round_to: int) -> list[int]:
     """The sizes `group` may end with: all units, or fewer that make its width a multiple of `round_to`; never 0.
 
-    Heads count one by one: their width is a matter of the dense model.
+    Heads count one by one: their width is a matter of the dense model. Values also go by whole heads.
     """
     if group.experts is not None:  # kernels for stacked weights want rows of a multiple of 16 bytes
         round_to = math.lcm(round_to, OF_EXPERTS)
     step = 1 if group.structure == "heads" else min(round_to, group.units)
-    return sorted({*range(step, group.units, step), group.units})
+    heads = range(group.head_width, group.units, group.head_width) if group.head_width else ()
+    return sorted({*range(step, group.units, step), *heads, group.units})
 
 
 def allocate(

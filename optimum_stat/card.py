@@ -90,6 +90,7 @@ def render(recipe: dict[str, Any], repo_id: str, paper: Paper, pictures: Sequenc
         layers=_layers(report["groups"]),
         trunk={group["name"]: group for group in report["groups"] if "." not in group["name"]},
         grouped=recipe["record"]["heads"] != recipe["record"]["key_value_heads"],
+        divided=any(group["name"].endswith("values") and group["kept"] < group["units"] for group in report["groups"]),
         zeros=report.get("counts") == "weights",
         training=report.get("training"),
         passes=sum(value for name, value in recipe["config"].items() if name.endswith("_epochs")),

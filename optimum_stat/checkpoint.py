@@ -23,6 +23,7 @@ from transformers import AutoConfig, AutoProcessor, AutoTokenizer, PreTrainedMod
 
 from . import card, remote_code
 from .blocks import find_blocks, modalities
+from .few_values import OfFewValues
 from .offload import is_offloaded, reading_copies
 from .processes import Processes
 from .recipe import make_recipe
@@ -82,7 +83,12 @@ def _source(path: str) -> str | None:
 
 
 def refuse_unprunable(model: nn.Module) -> None:
-    """Raise if the weights are really quantized, so that they cannot be corrected."""
+    """Raise if the weights are really quantized, so that they cannot be corrected, or if heads have been divided already."""
+    if any(isinstance(module, OfFewValues) for module in model.modules()):
+        raise ValueError(
+            "The heads of this model have lost single values, and what is left of them cannot be cut again: prune the dense "
+            "model to the size that you want."
+        )
     if getattr(model, "is_quantized", False) or getattr(getattr(model, "config", None), "quantization_config", None):
         method = getattr(model, "quantization_method", None) or "an unknown method"
         raise ValueError(

@@ -245,6 +245,8 @@ def _fields(node: ast.ClassDef) -> tuple[ConfigField, ...]:
     fields = []
     for item, after in zip(node.body, [*node.body[1:], None], strict=True):
         if isinstance(item, ast.AnnAssign) and isinstance(item.target, ast.Name) and item.value is not None:
+            if ast.unparse(item.annotation).startswith("ClassVar"):
+                continue
             text = after.value.value if isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant) else ""
             default = ast.unparse(item.value).strip("'")
             fields.append(ConfigField(item.target.id, ast.unparse(item.annotation), default, " ".join(str(text).split())))

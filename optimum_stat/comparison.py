@@ -23,7 +23,7 @@ from .evaluation import Data, Measured, cosine, measure
 from .families import task_of
 from .rows import Rows
 from .speed import Speed, side_by_side
-from .structure import HIDDEN, KEY, SIZES, describe
+from .structure import HIDDEN, KEY, SIZES, VALUES, describe
 
 logger = logging.getLogger(__name__)
 PER_LAYER = "per_layer_config"
@@ -194,6 +194,9 @@ class Sizes:
         for index in range(len(self.pruned["heads"])):
             kept = [f"{self.pruned[name][index]:,} of {self.dense[name][index]:,}" for name in SIZES]
             lines.append(f"{index:<8}{kept[0]:>14}{kept[1]:>18}{kept[2]:>18}")
+        for index, kept in enumerate(self.pruned.get(VALUES, ())):
+            if kept is not None:
+                lines.append(f"values left of attention {index}'s key/value heads: {', '.join(map(str, kept))}")
         if HIDDEN in self.pruned:
             lines.append(f"{self.pruned[HIDDEN]:,} dimensions are left of the residual stream")
         pruned, dense = self.block_params

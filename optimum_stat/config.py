@@ -5,10 +5,10 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 BUDGETS = ("params", "macs", "memory", "latency")
-STRUCTURES = ("heads", "neurons", "experts", "hidden", "layers")
+STRUCTURES = ("heads", "neurons", "values", "experts", "hidden", "layers")
 PHASES = ("prefill", "decode")
 C = TypeVar("C", bound="PruningConfig")
 
@@ -57,9 +57,13 @@ class PruningConfig:
     measured, and remembered for the next run on this device."""
 
     structures: tuple[str, ...] = ("heads", "neurons")
-    """What may go: "heads" (of key/value heads with the query heads that read them), "neurons" of the MLPs, dimensions of the
-    "hidden" states (the residual stream), whole "experts" with their rows of the router and whole "layers". Outside the blocks,
-    only "hidden" changes anything."""
+    """What may go: "heads" (of key/value heads with the query heads that read them), "neurons" of the MLPs, "values" (single
+    dimensions of what heads hand on; only our loader can read the result), dimensions of the "hidden" states (the residual
+    stream), whole "experts" with their rows of the router and whole "layers". Outside the blocks, only "hidden" changes
+    anything."""
+
+    divides_heads: ClassVar[bool] = False
+    """Whether the method knows single dimensions of heads."""
 
     def __post_init__(self) -> None:
         """Refuse values that no run could honour."""
@@ -90,8 +94,11 @@ class PruningConfig:
         wrong = [name for name in self.structures if name not in STRUCTURES]
         if wrong or not self.structures or len(set(self.structures)) < len(self.structures):
             raise ValueError(f"structures={self.structures!r} asked; it must name some of {', '.join(map(repr, STRUCTURES))}.")
-        if self.trunk and self.budget == "latency":
-            raise ValueError(f"{self.trunk[0]!r} asked under a latency budget, whose table has times of heads and neurons only.")
+        others = [name for name in self.structures if name not in ("heads", "neurons")]
+        if others and self.budget == "latency":
+            raise ValueError(f"{others[0]!r} asked under a latency budget, whose table has times of heads and neurons only.")
+        if "values" in self.structures and not self.divides_heads:
+            raise ValueError(f"'values' asked of {type(self).__name__}, whose heads go or stay whole; STAT can divide them.")
 
         if {"layers", "experts"} <= {*self.structures}:
             raise ValueError("'layers' and 'experts' asked together: ask for one of them, then prune the result for the other.")

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from .budget import Cost, Lengths, model_cost, options, unit_cost
 from .config import C, PruningConfig
 from .data import Batches
-from .families import Group, find_groups
+from .families import Group, find_groups, values_of
 from .latency import LatencyTable
 from .latency_cache import latency_table
 from .latency_timing import time_with
@@ -98,6 +98,8 @@ class Currency:
             what = f"{total / 1e6:.3f} ms for {self.table.setting}" if self.table else f"{total:,} {UNITS[self.budget]}"
             neurons = max((sizes[group.name][0] for group in groups if group.structure == "neurons"), default=0)
             fewest = {"heads": "one head", "neurons": f"{neurons} neurons"}
+            values = [sizes[group.name][0] for group in groups if group.structure == "values"]
+            fewest |= {"values": f"{max(values)} values"} if values else {}
             units = " and ".join(own if name in self.structures else f"all {name}" for name, own in fewest.items())
             raise ValueError(
                 f"keep={keep} of {what} asked, but {units} in every block "
@@ -134,16 +136,25 @@ class Currency:
     def unit_costs(self, groups: Sequence[Group]) -> dict[str, int]:
         """What one unit of each group costs, in parameters, MACs or bytes."""
         if self.residents is not None:
-            params = {group.name: unit_cost(self.model, group, "params", self.seq_len) for group in groups}
+            params = self._costs(groups, "params")
             return {group.name: self.residents.unit_bytes(self.model, group, params[group.name]) for group in groups}
-        return {group.name: unit_cost(self.model, group, self.budget, self.seq_len) for group in groups}
+        return self._costs(groups, self.budget)
+
+    def _costs(self, groups: Sequence[Group], budget: str) -> dict[str, int]:
+        """Where its values are a group of their own, a head costs what is left without them."""
+        costs = {group.name: unit_cost(self.model, group, budget, self.seq_len) for group in groups}
+        for group in groups:
+            values = values_of(group, groups) if group.structure == "heads" else None
+            if values is not None:
+                costs[group.name] -= values.head_width * costs[values.name]
+        return costs
 
     def cost_of(self, kept: Mapping[str, int]) -> Cost:
         """The size that the model would have with these units: exactly that of the sliced model."""
         saved = dict.fromkeys(("params", "macs"), 0)
-        for group in (group for group in find_groups(self.model) if group.name in kept):
-            for budget in saved:
-                unit = unit_cost(self.model, group, budget, self.seq_len)
-                saved[budget] += unit * (group.units - kept[group.name])
+        groups = [group for group in find_groups(self.model, self.structures) if group.name in kept]
+        for budget in saved:
+            costs = self._costs(groups, budget)
+            saved[budget] = sum(costs[group.name] * (group.units - kept[group.name]) for group in groups)
         now = Cost.of(self.model, self.seq_len)
         return Cost(now.params - saved["params"], now.block_params - saved["params"], now.block_macs - saved["macs"])

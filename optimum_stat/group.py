@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from .anatomy import weight
+from .anatomy import outer_shape, weight
 
 
 @dataclass(frozen=True, eq=False)
@@ -50,13 +50,14 @@ class Group:
     """Units that are kept or dropped together: rows of every producer, columns of the one consumer.
 
     For heads, a unit is one key/value head with all query heads that read it, or, where the dense model has one key/value
-    head for all, one query head; for neurons, one hidden unit.
+    head for all, one query head; for neurons, one hidden unit; for values, one dimension of what one key/value head hands to
+    the query heads that read it, whose columns do not stand side by side.
     """
 
-    name: str  # "3.heads", "3.neurons", "3.cross" for heads that read the encoder
+    name: str  # "3.heads", "3.neurons", "3.values", "3.cross" and "3.cross_values" for heads that read the encoder
     block: int
     """Its number, counted on from one stack to the next."""
-    structure: str  # "heads" | "neurons"
+    structure: str  # "heads" | "neurons" | "values"
     producers: tuple[Producer, ...]
     consumer: nn.Module
     units: int
@@ -64,6 +65,7 @@ class Group:
     """What reads the residual stream to which the consumer's output is added."""
     counts: tuple[tuple[nn.Module, str, int], ...] = ()  # (module, integer attribute, what one unit adds to it)
     query_heads: int = 1  # query heads in one unit
+    head_width: int = 0  # of values: how many dimensions one head has
     shares_key_value: bool = False  # one key/value head serves all units, and stays
     vectors: tuple[tuple[nn.Module, str], ...] = ()  # (module, name) of parameters with an equal share for each unit
     biased: tuple[nn.Module, tuple[str, ...]] | None = None
@@ -94,7 +96,7 @@ class Group:
     @property
     def width(self) -> int:
         """Consumer columns per unit."""
-        return int(weight(self.consumer).shape[1]) // self.units
+        return outer_shape(self.consumer)[1] // self.units
 
     @property
     def key_value_heads(self) -> int:

@@ -128,7 +128,7 @@ def plan_run(
         ValueError: the model cannot be pruned, or not as small as asked; or the plan of the published algorithm is asked for.
     """
     asked = config or STATConfig()
-    if asked.published or asked.budget not in ("params", "macs") or asked.trunk:
+    if asked.published or asked.budget not in ("params", "macs") or not {*asked.structures} <= {"heads", "neurons"}:
         raise ValueError(
             "Only runs of our own recipe can be planned from the config alone, on heads and neurons, for params or macs."
         )

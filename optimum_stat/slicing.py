@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from .experts import is_open, slice_stacked
 from .families import Group, HandedOn, Producer, find_blocks, find_groups, weight
+from .few_values import kept_values
 from .offload import brought_in
 
 Plan = Mapping[str, Tensor]
@@ -38,6 +39,8 @@ def slice_group(group: Group, keep: Tensor) -> None:
         return
     if len(keep) == 0 or int(keep.max()) >= group.units:
         raise ValueError(f"{group.name} has units 0 to {group.units - 1}; the plan keeps {keep.tolist()}.")
+    if kept_values(group.consumer) is not None:
+        raise ValueError(f"{group.name} has fewer value dimensions in some heads than in others, and cannot be cut any more.")
     if group.handed_on is not None:
         own_biases(group.handed_on)
     if group.experts is not None and not is_open(group.experts):
@@ -214,13 +217,17 @@ def restored_on_error(model: nn.Module) -> Iterator[None]:
     Keeps the old weights alive until the end, so the peak holds the dense model beside the pruned one; what must not be
     changed in place is every parameter: replace it, as `set_weight` does.
     """
-    before = [(module, dict(module.__dict__), [dict(module.__dict__[name]) for name in _CHANGED]) for module in model.modules()]
+    before = [
+        (module, type(module), dict(module.__dict__), [dict(module.__dict__[name]) for name in _CHANGED])
+        for module in model.modules()
+    ]
     config: Any = model.config
     values = dict(vars(config))
     try:
         yield
     except BaseException:
-        for module, attributes, contents in before:
+        for module, kind, attributes, contents in before:
+            module.__class__ = kind
             module.__dict__.clear()
             module.__dict__.update(attributes)
             for name, content in zip(_CHANGED, contents, strict=True):

@@ -15,6 +15,7 @@ from torch import nn
 
 from .blocks import width_of_head
 from .families import Group, family_of, find_groups, weight
+from .few_values import kept_values, narrow_values
 from .routers import counts, find_mixtures, keep_experts
 from .slicing import keep_heads, kept_heads, set_count, slice_group
 from .stream import narrow
@@ -25,11 +26,13 @@ SIZES = ("heads", "key_value_heads", "neurons")
 HIDDEN = "hidden"  # dimensions of the residual stream: only where some went
 EXPERTS_LEFT = "experts"  # block by block, where there are some
 INEXACT = "inexact"  # groups whose units change with each of them that goes; for the reader
+VALUES = "values"  # dimensions of each key/value head's values, attention by attention (null: all): only where some went
 HEADS = "kept_heads"  # which ones, block by block: only where a bias that is made for all blocks has a share for each
 
 
 def describe(model: Any) -> dict[str, Any]:
-    """The record: a format number and, block by block, query heads, key/value heads and neurons.
+    """The record: a format number and, block by block, query heads, key/value heads and neurons; and the value dimensions of
+    each key/value head, if not every head has as many as the dense model's.
 
     With the width of the residual stream, if it is not `config.hidden_size`. Dropped blocks need no record: the config has
     as many layers as are left.
@@ -46,7 +49,9 @@ def describe(model: Any) -> dict[str, Any]:
     width = weight(groups[0].consumer).shape[0]
     narrowed = {} if groups[-1].stack or width == model.config.hidden_size else {HIDDEN: width}
     inexact = [group.name for group in groups if group.inexact]
-    others = {HEADS: biased, EXPERTS_LEFT: counts(model), INEXACT: inexact}
+    values = [kept_values(group.consumer) for group in groups if group.structure == "heads"]
+    values_of_heads = [None if own is None else list(own) for own in values] if any(values) else []
+    others = {VALUES: values_of_heads, HEADS: biased, EXPERTS_LEFT: counts(model), INEXACT: inexact}
     return {"format": FORMAT, **sizes, **narrowed, **{name: value for name, value in others.items() if value}}
 
 
@@ -98,6 +103,7 @@ def replay(model: nn.Module) -> None:
     for group, size in zip(by_structure["neurons"], record["neurons"], strict=True):
         _cut(group, size)
     _check_heads(find_groups(model), record)
+    _narrow_values([group for group in find_groups(model) if group.structure == "heads"], record)
     _give_own_configs(find_groups(model))
 
 
@@ -128,6 +134,7 @@ def _own_part(model: Any, record: dict[str, Any], groups: list[Group]) -> dict[s
         return record
     decoder, heads = any(group.context is not None for group in groups), [g for g in groups if g.structure == "heads"]
     counts = dict.fromkeys(SIZES, len(heads)) | {"neurons": len(groups) - len(heads)}
+    counts[VALUES] = len(heads)
     counts[HEADS] = sum(group.biased is not None for group in groups)
     own = {name: record[name][-count:] if decoder else record[name][:count] for name, count in counts.items() if name in record}
     return {**record, **own}
@@ -140,7 +147,7 @@ def _check_form(record: Any) -> None:
             f"{KEY} in config.json has format {found!r}; this optimum-stat reads format {FORMAT}. "
             "A newer optimum-stat may know it: pip install -U optimum-stat."
         )
-    unknown = sorted(record.keys() - {"format", *SIZES, HIDDEN, HEADS, EXPERTS_LEFT, INEXACT})
+    unknown = sorted(record.keys() - {"format", *SIZES, VALUES, HIDDEN, HEADS, EXPERTS_LEFT, INEXACT})
     if unknown:
         raise ValueError(f"{KEY} in config.json holds {', '.join(unknown)}, which format {FORMAT} does not have.")
     for name in SIZES:
@@ -179,6 +186,27 @@ def _cut(group: Group, size: int) -> None:
             f"lie between 1 and {group.units}. Was config.json edited, or is it another model's?"
         )
     slice_group(group, torch.arange(size, device="cpu"))
+
+
+def _narrow_values(groups: list[Group], record: dict[str, Any]) -> None:
+    every = record.get(VALUES)
+    if every is None:
+        return
+    if not isinstance(every, list) or len(every) != len(groups):
+        raise ValueError(
+            f"{KEY} in config.json records {VALUES} as {every!r}; it must be a list for each of {len(groups)} blocks."
+        )
+    for group, kept in zip(groups, every, strict=True):
+        if kept is None or kept == list(kept_values(group.consumer) or ()):
+            continue
+        width, heads = group.width // group.query_heads, group.key_value_heads
+        listed = isinstance(kept, list) and len(kept) == heads and all(type(each) is int for each in kept)
+        if not listed or not all(0 <= each <= width for each in kept) or not any(kept):
+            raise ValueError(
+                f"{KEY} in config.json records {kept!r} values for {group.name}; it must be a list of {heads} whole numbers "
+                f"from 0 to {width}. Was config.json edited, or is it another model's?"
+            )
+        narrow_values(group.producers[-1].linear, group.consumer, kept)
 
 
 def _give_own_configs(groups: list[Group]) -> None:

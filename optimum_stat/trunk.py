@@ -62,7 +62,8 @@ class Shape:
         blocks = self.plan[LAYERS].tolist() if LAYERS in self.plan else sorted({group.block for group in groups})
         for group in groups:
             now = f"{blocks.index(group.block)}.{group.place}" if group.block in blocks else ""
-            left = GroupReport.of(group, ranking.error[group.name], self.kept.get(now, 0), nats)
+            curve = self.ranking.error[now] if now else ranking.error[group.name]
+            left = GroupReport.of(group, curve, self.kept.get(now, 0), nats)
             lines.append(left if now else replace(left, error=0.0, expected=0.0))
         return tuple(lines)
 
@@ -269,6 +270,7 @@ def _shape(
         groups = find_groups(currency.model, currency.structures)
     currency.limit(keep)  # refuses what does not fit, also where there is nothing left to allocate
     own = allocate(groups, ranking, keep, currency) if groups else {}
+    ranking = ranking.given(own)
     gone = {name: units for name, units in plan.items() if len(units) < len(trunk.order[name])}
     error = sum(float(trunk.error[name][count]) for name, count in kept.items())
     return Shape(dict(kept), gone, currency, groups, ranking, own, error + ranking.total(own))
@@ -277,4 +279,4 @@ def _shape(
 def _renamed(ranking: Ranking, names: Mapping[str, str]) -> Ranking:
     """Only the groups in `names`, under their new names, in everything that a method's ranking holds by group."""
     own = {field.name: getattr(ranking, field.name) for field in dataclasses.fields(ranking)}
-    return replace(ranking, **{name: {names[old]: value[old] for old in names} for name, value in own.items()})
+    return replace(ranking, **{name: {names[old]: value[old] for old in names if old in value} for name, value in own.items()})

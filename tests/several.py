@@ -29,6 +29,7 @@ METHODS: dict[str, tuple[Any, Any]] = {
     "stat, stream": (STATPruner, STATConfig(keep=0.6, round_to=1, metric="stream")),
     "stat, paper": (STATPruner, STATConfig.paper(keep=0.6)),
     "stat, hidden": (STATPruner, STATConfig(keep=0.6, round_to=1, structures=("hidden",))),
+    "stat, values": (STATPruner, STATConfig(keep=0.5, round_to=1, structures=("heads", "neurons", "values"))),
     "fisher": (FisherPruner, FisherConfig(keep=0.6, round_to=1)),
     "fisher, paper": (FisherPruner, FisherConfig(keep=0.6, round_to=1, labels="model", published=True)),
     "surgeon": (SurgeonPruner, SurgeonConfig(keep=0.6, round_to=1, shots=2)),

@@ -17,7 +17,7 @@ from optimum_stat.family_table import FAMILIES
 
 PACKAGE = Path(optimum_stat.__file__).parent
 LAYERS = (
-    {"linalg", "family_table", "config", "autoload", "processes", "offload", "activations", "progress"},
+    {"linalg", "family_table", "few_values", "config", "autoload", "processes", "offload", "activations", "progress"},
     {"experts"},
     {"anatomy", "journal"},
     {"blocks", "group"},

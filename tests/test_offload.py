@@ -28,6 +28,7 @@ RUNS: dict[str, tuple[Any, Any]] = {
     "stat, stream": (STATPruner, STATConfig(keep=0.6, round_to=1, metric="stream")),
     "stat": (STATPruner, STATConfig(keep=0.6, round_to=1)),
     "stat, paper": (STATPruner, STATConfig.paper(keep=0.6)),
+    "stat, values": (STATPruner, STATConfig(keep=0.5, round_to=1, structures=("heads", "neurons", "values"))),
     "fisher": (FisherPruner, FisherConfig(keep=0.6, round_to=1)),
     "surgeon": (SurgeonPruner, SurgeonConfig(keep=0.6, round_to=1, shots=2)),
     "surgeon, paper": (SurgeonPruner, SurgeonConfig.paper(keep=0.6, shots=2, structure="units")),
@@ -62,6 +63,7 @@ def written(folder: Path) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize("family", ["llama", pytest.param("bert", marks=pytest.mark.full), "bloom"])
 def test_the_result_is_that_of_a_model_in_memory(run: str, family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     method, config = RUNS[run]
+    family = "qwen2" if "values" in run and family == "bloom" else family  # one linear makes all of it there
     placing: dict[str, Any] = {"device_map": placed(dense(family, tmp_path / "dense")), "offload_folder": tmp_path / "offload"}
     whole = method.from_pretrained(tmp_path / "dense", config)
     whole.prune(many())

@@ -27,6 +27,7 @@ from optimum_stat.walk import BlockWalk
 RUNS: dict[str, tuple[Any, Any]] = {
     "stat": (STATPruner, STATConfig(keep=0.6, round_to=1)),
     "stat, paper": (STATPruner, STATConfig.paper(keep=0.6)),
+    "stat, values": (STATPruner, STATConfig(keep=0.5, round_to=1, structures=("heads", "neurons", "values"))),
     "fisher": (FisherPruner, FisherConfig(keep=0.6, round_to=1)),
     "surgeon": (SurgeonPruner, SurgeonConfig(keep=0.6, round_to=1, shots=3)),
     "surgeon, paper": (SurgeonPruner, SurgeonConfig.paper(keep=0.6, shots=2, structure="units")),
@@ -75,6 +76,7 @@ def stop_after(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[int], None
 @pytest.mark.parametrize("family", ["llama", pytest.param("bert", marks=pytest.mark.full), "bloom"])
 def test_stopped_at_every_entry(run: str, family: str, tmp_path: Path, stop_after: Callable[[int], None]) -> None:
     """Each start gets a few entries further; at the end nothing but the model is different from a run in one piece."""
+    family = "qwen2" if "values" in run and family == "bloom" else family  # one linear makes all of it there
     expected = pruned(run, family)
     for start in range(60):
         stop_after(2 + start % 2)

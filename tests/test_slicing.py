@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 
 from optimum_stat.experts import opened
 from optimum_stat.families import find_groups, weight
+from optimum_stat.few_values import narrow_values
 from optimum_stat.probes import on_consumer_input
 from optimum_stat.slicing import consumer_columns, restored_on_error, slice_group, slice_model
 
@@ -28,6 +29,22 @@ def random_plan(model: PreTrainedModel, seed: int) -> dict[str, Tensor]:
             size = max(8, size // 8 * 8)
         plan[group.name] = torch.randperm(group.units, generator=generator)[:size]
     return plan
+
+
+def divide_at_random(model: PreTrainedModel, seed: int) -> list[tuple[int, ...]]:
+    """Another number of values in every head; where heads cannot be divided, nothing. What stays, attention by attention."""
+    try:
+        groups = find_groups(model, ("heads", "values"))
+    except ValueError:
+        return []
+    generator, kept = torch.Generator().manual_seed(seed), []
+    for heads in (group for group in groups if group.structure == "heads"):
+        width = heads.width // heads.query_heads
+        sizes = torch.randint(0, width + 1, (heads.units,), generator=generator)
+        sizes[0] = max(1, int(sizes[0]))
+        narrow_values(heads.producers[-1].linear, heads.consumer, sizes.tolist())
+        kept.append(tuple(sizes.tolist()))
+    return kept
 
 
 def masked(model: PreTrainedModel, plan: dict[str, Tensor], batch: dict[str, Tensor]) -> Tensor:

@@ -19,7 +19,7 @@ import pytest
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
-from test_slicing import random_plan
+from test_slicing import divide_at_random, random_plan
 from tiny import (
     FIXED_STREAM,
     HIDDEN,
@@ -46,14 +46,16 @@ from optimum_stat.structure import describe, install, replay, write_record
 EACH_FAMILY = pytest.mark.parametrize("family", ROWS)
 
 
-def pruned(family: str, head: str | None = None, seed: int = 0) -> PreTrainedModel:
-    """A model with other sizes in every layer, and a narrower residual stream."""
+def pruned(family: str, head: str | None = None, seed: int = 0, *, whole: bool = False) -> PreTrainedModel:
+    """A model with other sizes in every layer and, unless `whole`, in every head, and with a narrower residual stream."""
     model = tiny(family, head)
     if seed == 0 and family not in FIXED_STREAM:
         narrow(model, torch.arange(1, HIDDEN, 2))
     slice_model(model, random_plan(model, seed))
     if family in MIXTURES:
         keep_experts(model, torch.tensor([expert for expert in range(sum(counts(model))) if expert not in (1, 4, 6)]))
+    if not whole:
+        divide_at_random(model, seed)
     write_record(model)
     return model
 
@@ -302,7 +304,7 @@ def test_half_precision(family: str, saved: Path):
 def test_lora_on_top(family: str, tmp_path: Path):
     from peft import LoraConfig, PeftModel, get_peft_model
 
-    base = pruned(family)
+    base = pruned(family, whole=True)  # adapters of divided heads stay adapters: tests/test_values.py
     base.save_pretrained(tmp_path / "base")
     names = {module: name.rpartition(".")[2] for name, module in base.named_modules()}
     # peft takes the linears of a dense block beside experts for some of theirs
@@ -349,6 +351,12 @@ EDITS: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
     "one number for all": (set_record("neurons", 8), "a list of whole numbers for 'neurons'; it holds 8"),
     "nothing": (lambda config: config["stat_pruning"].pop("neurons"), "for 'neurons'; it holds None"),
     "too few blocks": (set_record("neurons", [8]), "records neurons for 1 blocks, but the model has 2"),
+    "values of another model": (
+        set_record("values", [[1]]),
+        r"records values as \[\[1\]\]; it must be a list, one entry",
+    ),
+    "too many values": (set_record("values", [None, [99]]), r"records \[99\] values for 1\.heads; it must be a list of \d whole"),
+    "values as text": (set_record("values", [None, "8"]), "records '8' values for"),
     "too many heads": (set_record("key_value_heads", [5, 1]), r"records 5 units for 0\.heads; the dense model has"),
     "heads that contradict": (
         set_record("heads", [1, 7]),

@@ -25,11 +25,14 @@ from optimum_stat import FisherConfig, FisherPruner, STATConfig, STATPruner, VIB
 from optimum_stat.config import STRUCTURES
 
 SEQ_LEN = 512
+VALUES = ("heads", "neurons", "values")
 RECIPES: dict[str, tuple[Any, Callable[..., Any]]] = {
     "stat": (STATPruner, STATConfig),
     "stat, gradient-free": (STATPruner, lambda **asked: STATConfig(metric="stream", **asked)),
     "stat, distilled": (STATPruner, lambda **asked: STATConfig(distill_epochs=1, **asked)),
     "stat, distilled 3 times": (STATPruner, lambda **asked: STATConfig(distill_epochs=3, **asked)),
+    "stat, values": (STATPruner, lambda **asked: STATConfig(structures=VALUES, **asked)),
+    "stat, values, distilled": (STATPruner, lambda **asked: STATConfig(structures=VALUES, distill_epochs=1, **asked)),
     "stat, all structures": (STATPruner, lambda **asked: STATConfig(structures=STRUCTURES, **asked)),
     "fisher": (FisherPruner, FisherConfig),
     # one pass over the windows, one at a time: as many tokens seen as the others have

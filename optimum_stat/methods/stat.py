@@ -16,7 +16,7 @@ from ..config import PruningConfig
 from ..correction import corrected_consumer, slice_and_correct
 from ..currency import Currency
 from ..data import Batches
-from ..families import Group, find_blocks, weight
+from ..families import Group, find_blocks, groups_of_block, weight
 from ..gradients import output_fisher
 from ..linalg import add_to_gram, backward_elimination, symmetrize
 from ..probes import num_predictions
@@ -24,6 +24,7 @@ from ..pruner import Pruner
 from ..slicing import Plan, set_weight, slice_group
 from ..walk import BlockWalk
 from . import stat_published
+from .stat_values import ValuesRanking, allocate_values, divide, rank_values
 
 METRICS = ("stream", "fisher")
 OVERFLOW = "Does the model overflow in its dtype? Try dtype=torch.float32 or torch.bfloat16."
@@ -43,6 +44,8 @@ class STATConfig(PruningConfig):
     published: bool = False
     """The published algorithm instead of ours; set by `paper()`."""
 
+    divides_heads: ClassVar[bool] = True
+
     def __post_init__(self) -> None:
         """Refuse values that no run could honour."""
         PruningConfig.__post_init__(self)
@@ -50,6 +53,8 @@ class STATConfig(PruningConfig):
             raise ValueError(f"metric={self.metric!r} asked; it must be one of {', '.join(map(repr, METRICS))}.")
         if self.published:
             self.refuse_trunk("the published algorithm")
+        if self.published and "values" in self.structures:
+            raise ValueError("'values' asked of the published algorithm, whose heads go or stay whole: use STATConfig().")
         if self.published and self.budget == "latency":
             raise ValueError(
                 "budget='latency' asked of the published algorithm, which only divides params, macs or memory: ask for macs."
@@ -112,41 +117,51 @@ class STATPruner(Pruner[STATConfig]):
         walk = BlockWalk(self.model, batches, self.journal)
         for index in walk.steps("Measuring"):
             own = [group for group in groups if group.block == index]
-            grams = _grams(walk, index, own, advance=True)
+            readers = {group.consumer: group for group in own}  # heads and their values have the same
+            grams = _grams(walk, index, list(readers.values()), advance=True)
             worth = walk.inverse_energy()
             for group in own:
-                like = torch.ones(weight(group.consumer).shape[0], dtype=torch.float64, device=grams[group.name].device)
+                last = readers[group.consumer]
+                gram = grams.pop(last.name) if group is last else grams[last.name]
+                like = torch.ones(weight(group.consumer).shape[0], dtype=torch.float64, device=gram.device)
                 metric = fisher.get(group.name, like * worth)
                 if math.isnan(worth) or not torch.isfinite(metric).all():
                     what = f"What block {index} gives" if math.isnan(worth) else f"The gradient at {group.name}"
                     raise ValueError(f"{what} is NaN or infinite; nothing can be decided from it. {OVERFLOW}")
-                yield group, Moments(grams.pop(group.name), metric)
+                yield group, Moments(gram, metric)
 
-    def _fisher(self, groups: list[Group], batches: Batches) -> dict[str, Tensor]:
+    def _fisher(self, groups: list[Group], batches: Batches, what: str = "gradients") -> dict[str, Tensor]:
         """What an error in each channel of the consumers' outputs is worth."""
-        found = self.journal.recall("gradients")
+        found = self.journal.recall(what)
         if found is None:
             found = output_fisher(self.model, groups, batches, self.config.seed)
-            self.journal.keep("gradients", found.items())
+            self.journal.keep(what, found.items())
         return found
 
     def rank(self, groups: list[Group], stats: Iterable[tuple[Group, Moments]]) -> Ranking:
         """Backward elimination per group (published: pivoted QR)."""
         if self.config.published:
             return stat_published.rank(stats, num_blocks=len(find_blocks(self.model)))
-        order: dict[str, Tensor] = {}
-        error: dict[str, Tensor] = {}
+        order, error, within = dict[str, Tensor](), dict[str, Tensor](), dict[str, Tensor]()
         for group, moments in stats:
+            if group.structure == "values":
+                whole = "heads" in self.config.structures
+                found = rank_values(group, moments.gram, moments.metric, self.config.ridge, with_heads=whole)
+                order[group.name], error[group.name], curves = found
+                within |= {} if curves is None else {group.name: curves}
+                continue
             # an order needs no more than single precision once the ridge bounds the condition number
             gram = moments.gram.float() if self.config.ridge >= 1e-3 else moments.gram
             scaled = moments.metric.sqrt()[:, None] * weight(group.consumer)
             order[group.name], error[group.name] = backward_elimination(gram, scaled, group.width, self.config.ridge)
-        return Ranking(order, error)
+        return ValuesRanking(order, error, within) if "values" in self.config.structures else Ranking(order, error)
 
     def allocate(self, groups: list[Group], ranking: Ranking, keep: float, currency: Currency) -> dict[str, int]:
         """One allocation over all groups (published: a threshold for neurons, one for heads)."""
         if isinstance(ranking, stat_published.PublishedRanking):
             return stat_published.allocate(groups, ranking, currency.unit_costs(groups), currency.limit(keep))
+        if isinstance(ranking, ValuesRanking) and ranking.within:
+            return allocate_values(groups, ranking, keep, currency)
         return Pruner.allocate(self, groups, ranking, keep, currency)
 
     def repair(self, groups: list[Group], plan: Plan, batches: Batches) -> None:
@@ -164,6 +179,7 @@ class STATPruner(Pruner[STATConfig]):
     @torch.no_grad()
     def _correct(self, groups: list[Group], plan: Plan, batches: Batches, before_pruning: bool = False) -> None:
         """One walk that corrects and slices `groups`; `before_pruning`: each on activations as if no other were."""
+        worth = self._worth_of_values(groups, plan, batches)
         walk = BlockWalk(self.model, batches, self.journal)
         for index in walk.steps("Correcting " + " and ".join(dict.fromkeys(group.structure for group in groups))):
             waiting = []
@@ -171,6 +187,9 @@ class STATPruner(Pruner[STATConfig]):
                 if group.block != index or len(plan[group.name]) == group.units:
                     continue
                 keep = plan[group.name]
+                if group.structure == "values":
+                    self._divide(walk, group.place, index, len(keep), worth)
+                    continue
                 if self.config.published and group.structure == "heads":
                     keep = stat_published.choose_heads(_grams(walk, index, [group])[group.name], group, len(keep))
                 if group.inexact and not before_pruning:
@@ -184,6 +203,20 @@ class STATPruner(Pruner[STATConfig]):
                 walk.advance(index)
             for group, keep, corrected in waiting:
                 _apply(group, keep, corrected)
+
+    def _worth_of_values(self, groups: list[Group], plan: Plan, batches: Batches) -> dict[str, Tensor]:
+        """What an error is worth at the output of each group of values that is to be cut."""
+        own = [group for group in groups if group.structure == "values" and len(plan[group.name]) < group.units]
+        if not own or self.config.metric == "fisher":
+            return self._fisher(own, batches, "gradients of values") if own else {}
+        return {group.name: torch.ones(weight(group.consumer).shape[0], dtype=torch.float64) for group in own}
+
+    def _divide(self, walk: BlockWalk, place: str, index: int, count: int, worth: dict[str, Tensor]) -> None:
+        """Keep `count` values of the heads that are left."""
+        (group,) = (each for each in groups_of_block(self.model, index, walk.blocks[index]) if each.place == place)
+        if count < group.units:
+            gram = _grams(walk, index, [group])[group.name]
+            divide(group, gram, worth[group.name].to(gram.device), count, self.config.ridge)
 
 
 def _grams(walk: BlockWalk, index: int, groups: list[Group], advance: bool = False) -> dict[str, Tensor]:
