@@ -190,13 +190,13 @@ class Sizes:
         }
 
     def __str__(self) -> str:
-        lines = [f"{'block':<8}{'heads':>14}{'key/value heads':>18}{'neurons':>18}"]
+        values = self.pruned.get(VALUES)
+        more = "" if values is None else "  values of each key/value head"
+        lines = [f"{'block':<8}{'heads':>14}{'key/value heads':>18}{'neurons':>18}{more}"]
         for index in range(len(self.pruned["heads"])):
             kept = [f"{self.pruned[name][index]:,} of {self.dense[name][index]:,}" for name in SIZES]
-            lines.append(f"{index:<8}{kept[0]:>14}{kept[1]:>18}{kept[2]:>18}")
-        for index, kept in enumerate(self.pruned.get(VALUES, ())):
-            if kept is not None:
-                lines.append(f"values left of attention {index}'s key/value heads: {', '.join(map(str, kept))}")
+            own = "" if values is None else "  " + (", ".join(map(str, values[index])) if values[index] else "all")
+            lines.append(f"{index:<8}{kept[0]:>14}{kept[1]:>18}{kept[2]:>18}{own}")
         if HIDDEN in self.pruned:
             lines.append(f"{self.pruned[HIDDEN]:,} dimensions are left of the residual stream")
         pruned, dense = self.block_params
