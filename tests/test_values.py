@@ -177,7 +177,8 @@ def test_values_that_lie_in_few_dimensions_lose_none(family: str):
 
 
 def pruner_for(family: str, **asked: Any) -> STATPruner:
-    return STATPruner.from_pretrained(tiny(family), STATConfig(**{"keep": 0.5, "structures": ALL, "round_to": 4, **asked}))
+    """For a model whose values can spare some dimensions."""
+    return STATPruner.from_pretrained(poor(family), STATConfig(**{"keep": 0.5, "structures": ALL, "round_to": 4, **asked}))
 
 
 @pytest.mark.parametrize("family", SOME)
@@ -223,7 +224,7 @@ def test_memory_counts_weights_alone():
 
 def test_heads_and_values_are_one_choice():
     """Against every pair of sizes in two blocks, with the neurons whole: nothing that fits is better."""
-    pruner = pruner_for("llama", structures=("heads", "values"), round_to=4)
+    pruner = STATPruner.from_pretrained(tiny("llama"), STATConfig(structures=("heads", "values"), round_to=4))
     groups = find_groups(pruner.model, pruner.config.structures)
     data = pruner._start(0.8, many(), None, None)
     with pruner.at_work():
@@ -231,7 +232,7 @@ def test_heads_and_values_are_one_choice():
     assert isinstance(ranking, ValuesRanking)
     every = [(k, r) for k in (1, 2) for r in range(4, 8 * k + 1, 4)]
     currency = pruner.currency
-    for keep in (0.72, 0.8, 0.9):
+    for keep in (0.76, 0.84, 0.92):
         kept = pruner.allocate(groups, ranking, keep, currency)
         shapes = [{"0.heads": a, "0.values": b, "1.heads": c, "1.values": d} for (a, b), (c, d) in product(every, every)]
         cost = {id(shape): currency.cost_of(shape).block_params for shape in [*shapes, kept]}
