@@ -196,7 +196,10 @@ def test_an_error_half_way_puts_layers_and_widths_back(structure: str, monkeypat
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        (lambda: STATConfig(structures=()), "must name some of 'heads', 'neurons', 'experts', 'hidden', 'layers'"),
+        (
+            lambda: STATConfig(structures=()),
+            "must name some of 'heads', 'neurons', 'values', 'experts', 'hidden', 'layers'",
+        ),
         (lambda: STATConfig(structures=("heads", "heads")), "must name some of"),
         (lambda: FisherConfig(structures=("head",)), "must name some of"),
         (lambda: FisherConfig(structures=ALL, budget="latency"), "under a latency budget"),
