@@ -24,7 +24,7 @@ from transformers import AutoConfig, AutoProcessor, AutoTokenizer, PreTrainedMod
 from . import card, remote_code
 from .blocks import find_blocks, modalities
 from .few_values import OfFewValues
-from .offload import is_offloaded, reading_copies
+from .offload import free_at_once, is_offloaded, reading_copies
 from .processes import Processes
 from .recipe import make_recipe
 from .structure import KEY, describe
@@ -64,6 +64,8 @@ def load(
             names = ", ".join([*kwargs, *(["task"] if task else [])])
             raise TypeError(f"{names} asked for a model that is loaded already; load it with them, or pass its path.")
         _forget_gguf(model_or_path)
+        if is_offloaded(model_or_path):
+            free_at_once()
         return model_or_path, tokenizer, _source(getattr(model_or_path, "name_or_path", ""))
     path = str(model_or_path)
     if path.endswith(".gguf"):  # as recipes and cards name it, see the return value
@@ -71,6 +73,8 @@ def load(
     shared = {name: kwargs[name] for name in CONFIG_ARGUMENTS if name in kwargs}
     model = auto_class(path, task, shared).from_pretrained(path, **kwargs)
     _forget_gguf(model)
+    if is_offloaded(model):
+        free_at_once()
     if tokenizer is None:
         tokenizer = _tokenizer(path, shared, AutoTokenizer if modalities(model) == ("text",) else AutoProcessor)
     return model, tokenizer, _source("/".join(filter(None, (path, kwargs.get("gguf_file")))))

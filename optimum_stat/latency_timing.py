@@ -109,8 +109,9 @@ def _rising(taken: Mapping[int, int], total: int) -> list[list[int]]:
 def _time_block(work: Workload, index: int, call: Call, round_to: int, dense_time: int) -> dict[str, tuple[list[int], list[int]]]:
     """Structure -> (sizes, nanoseconds of the whole block with that many units of it)."""
     timed = {
-        group.structure: _time_sizes(work, index, call, at, options(group, round_to))
-        for at, group in enumerate(groups_of_block(work.model, index, work.blocks[index]))
+        group.structure: _time_sizes(work, index, call, group.structure, options(group, round_to))
+        for group in groups_of_block(work.model, index, work.blocks[index])
+        if group.structure in ("heads", "neurons")
     }
     # more units of one alignment do not take less time; what says so is noise, which the allocation would pick out
     rising = {structure: isotonic_regression(list(ratios.values())).x for structure, ratios in timed.items()}
@@ -120,7 +121,7 @@ def _time_block(work: Workload, index: int, call: Call, round_to: int, dense_tim
     return {structure: (list(ratios), found[structure]) for structure, ratios in timed.items()}
 
 
-def _time_sizes(work: Workload, index: int, call: Call, group: int, allowed: Sequence[int]) -> dict[int, float]:
+def _time_sizes(work: Workload, index: int, call: Call, structure: str, allowed: Sequence[int]) -> dict[int, float]:
     """Size -> time over the dense block's, ascending: at most 24 even sizes first, then those between the largest steps."""
     ratios = {allowed[-1]: 1.0}
 
@@ -129,7 +130,7 @@ def _time_sizes(work: Workload, index: int, call: Call, group: int, allowed: Seq
             found = []
             for _ in range(COPIES):
                 work.start_over()
-                small, dense = work.run_block(index, call, group, size), work.run_block(index, call)
+                small, dense = work.run_block(index, call, structure, size), work.run_block(index, call)
                 found.append(steady_ratio(small, dense, work.device, SECONDS / COPIES, work.forget))
             ratios[size] = min(1.0, statistics.median(found))
 

@@ -6,7 +6,9 @@ every call. Here a block is fetched once, for all batches, and what has changed 
 
 from __future__ import annotations
 
+import ctypes
 import shutil
+import sys
 import tempfile
 import weakref
 from collections.abc import Iterator, Mapping
@@ -20,10 +22,23 @@ from accelerate.utils import OffloadedWeightsLoader, PrefixedDataset
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+MMAP_THRESHOLD = -3  # M_MMAP_THRESHOLD of malloc.h
+LARGE = 1 << 20  # bytes
+
 
 def is_offloaded(model: nn.Module) -> bool:
     """Whether some weights are not there between two forward passes."""
     return any(_hook(module) is not None for module in model.modules())
+
+
+def free_at_once() -> None:
+    """Have the C library give back what a large tensor took as soon as it is freed. Until the process ends; glibc only.
+
+    By itself glibc learns to keep pieces of up to 32 MB in its heap, where small tensors that stay settle in the holes: the heap
+    would grow from block to block.
+    """
+    if sys.platform == "linux" and (mallopt := getattr(ctypes.CDLL(None), "mallopt", None)) is not None:
+        mallopt(MMAP_THRESHOLD, LARGE)
 
 
 def execution_device(model: nn.Module) -> torch.device | None:

@@ -105,12 +105,12 @@ class Workload:
         with _restored(self._inputs.get("past_key_values")):
             return record_calls(self.model, self._inputs)[0]
 
-    def run_block(self, index: int, call: Call, group: int | None = None, size: int = 0) -> Run:
-        """One run of a block, or of a copy with the first `size` units of its group number `group`."""
+    def run_block(self, index: int, call: Call, structure: str = "", size: int = 0) -> Run:
+        """One run of a block, or of a copy with the first `size` units of its heads or neurons."""
         block, (args, kwargs) = self.blocks[index], call
-        if group is not None:
+        if structure:
             block = copy.deepcopy(block)
-            own = groups_of_block(self.model, index, block)[group]
+            own = next(each for each in groups_of_block(self.model, index, block) if each.structure == structure)
             args = tuple(_sliced(value, index, own, size) for value in args)
             kwargs = {name: _sliced(value, index, own, size) for name, value in kwargs.items()}
             slice_group(own, torch.arange(size))

@@ -485,9 +485,9 @@ def test_a_smaller_block_decodes_with_its_own_cache(family: str) -> None:
     with quiet(model):
         work = Workload(model, Setting.of(model, "decode", 2, 5))
         call = work.calls()[1][0]
-        for at, group in enumerate(find_groups(model)[2:]):
+        for group in find_groups(model)[2:]:
             for size in range(1, group.units + 1, 3):
-                work.run_block(1, call, at, size)()
+                work.run_block(1, call, group.structure, size)()
                 seen.append(size)
     assert len(seen) > 4
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 import warnings
 from pathlib import Path
 from typing import Any
@@ -123,6 +125,20 @@ def test_the_pruned_model_is_never_in_memory_as_a_whole(tmp_path: Path, monkeypa
     assert len(shards) >= 4
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "pruned")
     assert torch.equal(outputs(again, many()[0]), outputs(pruner.model, many()[0]))
+
+
+@pytest.mark.full
+def test_memory_does_not_grow_with_the_depth(tmp_path: Path) -> None:
+    """In processes of their own, under a limit that the system enforces."""
+    script = Path(__file__).parent.parent / "examples" / "benchmarks" / "offload_memory.py"
+    sizes = ["--hidden", "512", "--neurons", "1376", "--heads", "8", "--vocabulary", "4096", "--num-tokens", "4096"]
+    peaks = []
+    for layers in (8, 24):
+        asked = [*sizes, "--layers", str(layers), "--limit", "0.4", "--folder", str(tmp_path / str(layers))]
+        done = subprocess.run([sys.executable, script, *asked], capture_output=True, text=True, check=False, timeout=600)
+        assert done.returncode == 0, done.stderr
+        peaks.append(json.loads(done.stdout)["peak_gb_above_imports"])
+    assert peaks[1] < 1.1 * peaks[0]
 
 
 def test_gradients_by_block_are_those_of_whole_passes(tmp_path: Path) -> None:
