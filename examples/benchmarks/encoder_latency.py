@@ -50,6 +50,7 @@ def main() -> None:
                         f"{measured.median:.3f}",
                         f"{report.pruned.block_macs / report.dense.block_macs:.3f}",
                         f"{1 / measured.median:.2f}",
+                        f"{report.pruned.block_macs / report.dense.block_macs / measured.median:.2f}",
                         f"{score(task, pruned.model, tokenizer, dev):.2f}",
                     )
                 )
