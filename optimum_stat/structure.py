@@ -194,7 +194,8 @@ def _narrow_values(groups: list[Group], record: dict[str, Any]) -> None:
         return
     if not isinstance(every, list) or len(every) != len(groups):
         raise ValueError(
-            f"{KEY} in config.json records {VALUES} as {every!r}; it must be a list for each of {len(groups)} blocks."
+            f"{KEY} in config.json records {VALUES} as {every!r}; it must be a list, one entry for each of the {len(groups)} "
+            "blocks' attentions. Was config.json edited, or is it another model's?"
         )
     for group, kept in zip(groups, every, strict=True):
         if kept is None or kept == list(kept_values(group.consumer) or ()):
