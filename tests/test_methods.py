@@ -20,6 +20,7 @@ from tiny import (
     checkpoint_activations,
     combinations,
     data_of,
+    one_in_three,
     outputs,
     plenty,
     tiny,
@@ -323,9 +324,9 @@ def test_neither_padding_nor_batch_size_matters(recipe: str, family: str):
             assert torch.allclose(one, two, atol=2e-3, rtol=1e-3), layout
 
 
-@EACH_RECIPE
-@pytest.mark.parametrize(("family", "head"), HEADS_OF)
-def test_every_head(recipe: str, family: str, head: str, tmp_path):
+@pytest.mark.parametrize(("recipe", "of"), one_in_three(RECIPES, HEADS_OF))
+def test_every_head(recipe: str, of: tuple[str, str], tmp_path):
+    family, head = of
     model = tiny(family, head)
     wanted = outputs(model, data_of(family)[0])
     pruner = pruner_for(recipe, model, keep=0.7)
@@ -338,8 +339,7 @@ def test_every_head(recipe: str, family: str, head: str, tmp_path):
     assert torch.equal(outputs(type(model).from_pretrained(tmp_path / "pruned"), data_of(family)[0]), after)
 
 
-@EACH_RECIPE
-@pytest.mark.parametrize("family", ["bert", "gpt2", "llama"])
+@pytest.mark.parametrize(("recipe", "family"), one_in_three(RECIPES, ["bert", "gpt2", "llama"]))
 def test_pruning_the_pruned(recipe: str, family: str, tmp_path):
     once = prune(recipe, family, keep=0.8)
     first = kept(once)
@@ -356,9 +356,10 @@ def test_pruning_the_pruned(recipe: str, family: str, tmp_path):
     assert torch.equal(outputs(again, data_of(family)[0]), outputs(loaded.model, data_of(family)[0]))
 
 
-@EACH_RECIPE
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
-@pytest.mark.parametrize("family", ["bert", "gpt2", "llama"])
+@pytest.mark.parametrize(
+    ("recipe", "dtype", "family"),
+    one_in_three(RECIPES, [torch.bfloat16, torch.float16, torch.float64], ["bert", "gpt2", "llama"]),
+)
 def test_other_precisions(recipe: str, dtype: torch.dtype, family: str, tmp_path):
     tiny(family).save_pretrained(tmp_path / "dense")
     pruner = RECIPES[recipe][0].from_pretrained(tmp_path / "dense", RECIPES[recipe][1](keep=0.6), dtype=dtype)

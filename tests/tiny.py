@@ -5,6 +5,7 @@ Biases and norms are random too: a model whose biases are zero and whose norms a
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable
 from typing import Any
 
@@ -154,6 +155,15 @@ ROWS = (*SIZES, *OTHERS)
 SEQUENCES = tuple(name for name in OTHERS if OTHERS[name][0] in ("Seq2SeqLM", "SpeechSeq2Seq", "CausalLM"))
 """Those that generate."""
 FIXED_STREAM = (*FIXED_STREAM, *OTHERS)
+
+
+def one_in_three(*axes: Iterable[Any]) -> list[Any]:
+    """Parameters for every combination, two of three marked "full": of three axes, every two values still meet."""
+    numbered = itertools.product(*(tuple(enumerate(axis)) for axis in axes))
+    return [
+        pytest.param(*(value for _, value in each), marks=[] if sum(at for at, _ in each) % 3 == 0 else pytest.mark.full)
+        for each in numbered
+    ]
 
 
 def combinations(choices: Iterable[str], of_tokens_alone: Iterable[str] = ()) -> list[Any]:

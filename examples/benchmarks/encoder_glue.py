@@ -32,6 +32,7 @@ RECIPES: dict[str, tuple[type[Pruner[Any]], Callable[..., PruningConfig]]] = {
     "stat": (STATPruner, STATConfig),
     "stat, gradient-free": (STATPruner, lambda **asked: STATConfig(metric="stream", **asked)),
     "stat, paper": (STATPruner, STATConfig.paper),
+    "stat, values": (STATPruner, lambda **asked: STATConfig(structures=("heads", "neurons", "values"), **asked)),
     "stat, all structures": (STATPruner, lambda **asked: STATConfig(structures=STRUCTURES, **asked)),
     "stat, hidden alone": (STATPruner, lambda **asked: STATConfig(structures=("hidden",), **asked)),
     "stat, layers alone": (STATPruner, lambda **asked: STATConfig(structures=("layers",), **asked)),
