@@ -3,7 +3,8 @@
     python examples/benchmarks/surgeon_wikitext.py DATA MODEL [--gguf-file FILE] RUN [RUN ...]
 
 RUN: a recipe and how much it keeps, with the configuration's fields that differ from its defaults: `surgeon:0.75`,
-`surgeon:0.5:shots=8`, `surgeon:0.5:structure=2:4`, `paper:0.75:structure=units,shots=4`, `surgeon:0.75:structures=heads+hidden`, `stat:0.75`,
+`surgeon:0.5:shots=8`, `surgeon:0.5:structure=2:4`, `paper:0.75:structure=units,shots=4`, `stat:0.75`,
+`surgeon:0.75:structures=heads+neurons+hidden`,
 `sparsegpt:0.5:structure=2:4`, `wanda:0.5:structure=elements`. DATA, protocol and calibration are those of decoder_wikitext.py.
 SparseGPT (2301.00774) and Wanda (2306.11695) stand below, layer after layer on the already pruned network; SparseGPT's update
 is checked against brute force whenever it is about to run. float32.
