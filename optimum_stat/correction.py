@@ -39,7 +39,7 @@ def corrected_consumer(
 
     walk.run(group.block, [group], add)
     walk.processes.add_up(sums)
-    change = _solved(sums, ridge)
+    change = solved(sums, ridge)
     corrected = (full[:, columns] + change[:, : len(columns)]).to(full.dtype)
     return corrected, (bias + change[:, -1]).to(bias.dtype) if constant and isinstance(bias, Tensor) else None
 
@@ -65,12 +65,12 @@ def slice_and_correct(walk: BlockWalk, group: Group, keep: Tensor, ridge: float)
 
     walk.run(group.block, [group], add)
     walk.processes.add_up(sums)
-    change = _solved(sums, ridge)
+    change = solved(sums, ridge)
     set_weight(group.consumer, (small + change).to(small.dtype))
 
 
-def _solved(sums: Tensor, ridge: float) -> Tensor:
-    """`((G + ridge diag G)^-1 C)^T` of `sums` = [G, C]; the sums are lost, as there may be no memory for a second G."""
+def solved(sums: Tensor, ridge: float) -> Tensor:
+    """`((G + ridge diag G)^-1 C)^T` of `sums` = [G, C]; the sums are lost: there may be no memory for a second G."""
     gram, cross = sums[:, : len(sums)], sums[:, len(sums) :]
     symmetrize(gram)
     gram.diagonal().copy_(damped_diagonal(gram, ridge))

@@ -46,7 +46,7 @@ class Speeds:
         few = WIDTH // 8
         small = gram[:few, :few].float()
         narrow = _seconds(lambda: backward_elimination(small, weight[:, :few], 1, 0.01), device, repeats=2)
-        # two sizes, two unknowns: what a unit takes, and what the multiply-adds of `run_plan` take besides
+        # two sizes, two unknowns: what a unit takes, and what the multiply-adds of `run_work` take besides
         work = [width**3 * 1.6 + 0.6 * width**2 * WIDTH for width in (few, WIDTH)]
         pace = max((wide - WIDTH / few * narrow) / (work[1] - WIDTH / few * work[0]), 1e-15)
         return cls(

@@ -1,6 +1,7 @@
 """Experts whose weights are stacked in one parameter: opened, they are two linears like those of any other layer.
 
-A unit is one neuron of every expert: all experts of a layer stay equally wide, as one parameter holds them.
+A unit is one neuron of every expert, the same or one of each expert's own: all experts of a layer stay equally wide, as one
+parameter holds them.
 """
 
 from __future__ import annotations
@@ -70,15 +71,15 @@ def close(model: nn.Module) -> None:
 
 @torch.no_grad()
 def slice_stacked(module: Any, rows: Tensor, keep: Tensor) -> None:
-    """Keep the rows `rows` of what makes the neurons, numbered within an expert, and the neurons `keep`, of every expert."""
-    name = _up_name(module)
-    axis = 2 if _is_transposed(module) else 1
-    _set(module, name, _up(module).index_select(axis, rows.to(_up(module).device)))
+    """Keep, in each expert, the rows `rows` [experts, rows] of what makes its neurons, and its neurons `keep` [experts, kept]."""
+    name, down = _up_name(module), getattr(module, EXPERTS_DOWN)
+    rows, keep = rows.to(down.device), keep.to(down.device)
+    own = torch.arange(len(rows), device=down.device)[:, None]
+    _set(module, name, _rows_first(module, _rows_first(module, _up(module))[own, rows]))
     if getattr(module, f"{name}_bias", None) is not None:
-        bias = getattr(module, f"{name}_bias")
-        _set(module, f"{name}_bias", bias.index_select(1, rows.to(bias.device)))
-    down = getattr(module, EXPERTS_DOWN)
-    _set(module, EXPERTS_DOWN, down.index_select(3 - axis, keep.to(down.device)))
+        _set(module, f"{name}_bias", getattr(module, f"{name}_bias")[own, rows])
+    columns_first = _rows_first(module, down).transpose(1, 2)
+    _set(module, EXPERTS_DOWN, _rows_first(module, columns_first[own, keep].transpose(1, 2)))
 
 
 @torch.no_grad()

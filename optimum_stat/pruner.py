@@ -187,7 +187,7 @@ class Pruner(ABC, Generic[C]):
         """Decide the sizes, correct what stays, slice the rest away: first of what all blocks share, if any of it may go."""
         shape, self._currency = trunk.settle(self.allocate, self.config.trunk, groups, ranking, keep, self.currency, batches)
         plan, nats = self.select(shape.ranking, shape.kept), self.nats(batches)
-        batches.warn_if_few(max((shape.kept[group.name] * group.width for group in shape.groups), default=0))
+        batches.warn_if_few(max((shape.kept[group.name] * group.width // group.active[0] for group in shape.groups), default=0))
         with stage("repair"):
             trunk.cut(self.model, shape.plan, batches)
             self.repair(find_groups(self.model, self.config.structures), plan, batches)
@@ -209,7 +209,7 @@ class Pruner(ABC, Generic[C]):
 
     def select(self, ranking: Ranking, kept: Mapping[str, int]) -> Plan:
         """Which units each group keeps: the first of its order, in their old order."""
-        return {name: ranking.order[name][:count].sort().values for name, count in kept.items()}
+        return {name: ranking.order[name][:count].sort(0).values for name, count in kept.items()}
 
     def repair(self, groups: list[Group], plan: Plan, batches: Batches) -> None:
         """Correct the weights that stay. May slice blocks itself where later statistics have to see them small."""

@@ -13,30 +13,16 @@ from typing import Any
 
 import torch
 from accelerate.utils import compute_module_sizes, infer_auto_device_map
-from torch import nn
 from transformers import AutoConfig
 
-from .budget import Cost, options, unit_cost
+from .budget import Cost, options
 from .checkpoint import auto_class
 from .currency import Currency
 from .data import SEQ_LEN
 from .device_speed import Speeds
-from .families import Group, find_blocks, find_groups, weight
-from .gradients import FISHER_TOKENS
+from .families import Group, find_blocks, find_groups
 from .methods.stat import STATConfig
-
-
-@dataclass(frozen=True)
-class Stage:
-    """One part of the work, for all blocks together."""
-
-    name: str
-    macs: float
-    """Multiply-adds, of whatever kind."""
-    forwards: float
-    """In forward passes of the dense model over the calibration data, if all multiply-adds took the same time."""
-    seconds: float
-    """On this device, from speeds that were measured now."""
+from .run_work import Stage, Work, matrices
 
 
 @dataclass(frozen=True)
@@ -99,10 +85,10 @@ class RunPlan:
             f"memory: {_size(self.bytes_before)} of weights, {_size(self.statistics_bytes)} of statistics (largest block), "
             f"{_size(self.activation_bytes)} of activations; with the blocks offloaded "
             f"{_size(offloaded)} of weights, {_size(together)} in all",
-            f"{'time on ' + self.device:<40}{'forward passes':>16}{'seconds':>12}",
-            *(f"{'  ' + stage.name:<40}{stage.forwards:>16.2f}{stage.seconds:>12,.1f}" for stage in self.stages),
-            f"{'  together':<40}{self.forwards:>16.2f}{self.seconds:>12,.1f}",
-            f"{'  one forward pass':<40}{1:>16.2f}{self.forward_seconds:>12,.1f}",
+            f"{'time on ' + self.device:<40}{'forward passes':>16}{'seconds':>16}",
+            *(f"{'  ' + stage.name:<40}{stage.forwards:>16.2f}{stage.seconds:>16,.1f}" for stage in self.stages),
+            f"{'  together':<40}{self.forwards:>16.2f}{self.seconds:>16,.1f}",
+            f"{'  one forward pass':<40}{1:>16.2f}{self.forward_seconds:>16,.1f}",
         ]
         if self.placement:
             parts = ", ".join(f"{_size(size)} on {_place(place)}" for place, size in self.placement.items())
@@ -146,9 +132,9 @@ def plan_run(
     kept = uniform(groups, currency, asked)
     where, sizes = device or torch.device("cpu"), compute_module_sizes(built)
     speeds = Speeds.measure(where, stored)
-    work = _Work(built, groups, kept, num_tokens, seq_len)
+    work = Work(built, groups, kept, num_tokens, seq_len)
     forward_seconds = work.forward / speeds.forward
-    statistics = [[weight(group.consumer).shape[1] for group in groups if group.block == i] for i in range(len(blocks))]
+    statistics = [[matrices(group) for group in groups if group.block == i] for i in range(len(blocks))]
     block_bytes = [stored.itemsize * sum(p.numel() for p in block.parameters()) for block in blocks]
     return RunPlan(
         model=model,
@@ -163,7 +149,7 @@ def plan_run(
         bytes_before=stored.itemsize * dense.params,
         bytes_after=stored.itemsize * pruned.params,
         # float64 sums, and four matrices of the widest in single precision: a copy, damped, its factor, its inverse
-        statistics_bytes=max(8 * sum(width**2 for width in own) + 16 * max(own) ** 2 for own in statistics),
+        statistics_bytes=max(8 * sum(n * width**2 for n, width in own) + 16 * max(w for _, w in own) ** 2 for own in statistics),
         activation_bytes=num_tokens * found.get_text_config().hidden_size * stored.itemsize,
         block_bytes=max(block_bytes),
         resident_bytes=stored.itemsize * dense.params - sum(block_bytes),
@@ -188,76 +174,6 @@ def uniform(groups: Sequence[Group], currency: Currency, config: STATConfig) -> 
         within = sum(costs[name] * count for name, count in at(middle).items()) <= limit
         low, high = (middle, high) if within else (low, middle)
     return at(high) if sum(costs[name] * count for name, count in at(high).items()) <= limit else at(low)
-
-
-@dataclass(frozen=True)
-class _Work:
-    """Multiply-adds of everything that a run does; `T` tokens, `w` columns of a consumer, `k` that stay, `o` outputs."""
-
-    model: nn.Module
-    groups: Sequence[Group]
-    kept: Mapping[str, int]
-    num_tokens: int
-    seq_len: int
-
-    @property
-    def head(self) -> float:
-        """What stands on top of the blocks, over all data."""
-        on_top = self.model.get_output_embeddings()  # type: ignore[operator]
-        return 0.0 if on_top is None else float(weight(on_top).numel()) * self.num_tokens
-
-    @property
-    def blocks(self) -> float:
-        return sum(self._run(group, group.units) for group in self.groups)
-
-    @property
-    def forward(self) -> float:
-        """One forward pass of the dense model over all data."""
-        return self.blocks + self.head
-
-    def stages(self, speeds: Speeds, metric: str) -> list[Stage]:
-        grams = sum(self.num_tokens * self._wide(group) ** 2 * 0.58 for group in self.groups)  # six panels of the triangle
-        found = []
-        if metric == "fisher":
-            share = min(1.0, FISHER_TOKENS / self.num_tokens)
-            found.append(self._stage("gradients", 2 * share * self.forward, share * self.forward, speeds))
-        found.append(self._stage("forward pass", 0, self.blocks, speeds))
-        found.append(self._stage("Gram matrices", grams, 0, speeds, speeds.gram))
-        eliminated = sum(self._elimination(group) for group in self.groups)
-        seconds = eliminated / speeds.elimination + sum(group.units for group in self.groups) * speeds.unit
-        found.append(Stage("choosing", eliminated, eliminated / self.forward, seconds))
-        again, moments, solves = map(sum, zip(*(self._correction(group) for group in self.groups), strict=True))
-        found.append(self._stage("forward passes of the corrections", 0, again, speeds))
-        found.append(self._stage("moments of the corrections", moments, 0, speeds, speeds.gram))
-        return [*found, self._stage("solving", solves, 0, speeds, speeds.factor)]
-
-    def _stage(self, name: str, other: float, forward: float, speeds: Speeds, speed: float | None = None) -> Stage:
-        seconds = forward / speeds.forward + other / (speed or speeds.forward)
-        return Stage(name, other + forward, (other + forward) / self.forward, seconds)
-
-    def _run(self, group: Group, units: int) -> float:
-        return unit_cost(self.model, group, "macs", self.seq_len) * units * self.num_tokens / self.seq_len
-
-    @staticmethod
-    def _wide(group: Group) -> int:
-        return int(weight(group.consumer).shape[1])
-
-    def _elimination(self, group: Group) -> float:
-        """The inverse (`w^3`), and 32 units at a time what each removal changes in it and in the rows."""
-        wide, out = self._wide(group), int(weight(group.consumer).shape[0])
-        return wide**3 * 1.6 + 0.6 * wide**2 * out
-
-    def _correction(self, group: Group) -> tuple[float, float, float]:
-        """(forward passes up to this consumer and, behind a block's last one, to the next block; moments; solving)."""
-        count, out = self.kept[group.name], int(weight(group.consumer).shape[0])
-        wide, left = self._wide(group), count * group.width
-        own = [each for each in self.groups if each.block == group.block]
-        before = sum(self._run(each, self.kept[each.name]) for each in own[: own.index(group)])
-        again = before + self._run(group, group.units) - self.num_tokens * wide * out
-        if group is own[-1]:
-            again += sum(self._run(each, self.kept[each.name]) for each in own)
-        moments = self.num_tokens * (0.58 * left**2 + (wide - left) * out + left * out)
-        return again, moments, left**3 / 3 + left**2 * out
 
 
 def _dtype(asked: Any) -> torch.dtype:

@@ -15,7 +15,8 @@ from .few_values import kept_values
 from .offload import brought_in
 
 Plan = Mapping[str, Tensor]
-"""Group name -> the units to keep, in the order in which they shall stand afterwards."""
+"""Group name -> the units to keep, in the order in which they shall stand afterwards: [kept], or, where every expert keeps
+neurons of its own, [kept, experts]."""
 
 
 @torch.no_grad()
@@ -44,8 +45,9 @@ def slice_group(group: Group, keep: Tensor) -> None:
     if group.handed_on is not None:
         own_biases(group.handed_on)
     if group.experts is not None and not is_open(group.experts):
-        rows = producer_rows(group, group.producers[0], keep)
-        slice_stacked(group.experts, rows[rows < weight(group.producers[0].linear).shape[0] // group.width], keep)
+        rows, own = weight(group.producers[0].linear).shape[0] // group.width, torch.arange(group.width, device=keep.device)
+        rows_of_each = producer_rows(group, group.producers[0], keep).view(group.width, -1) - rows * own[:, None]
+        slice_stacked(group.experts, rows_of_each, keep.T if keep.dim() == 2 else keep.expand(group.width, -1))
     else:
         _keep_rows_and_columns(group, keep)
     for module, name in group.vectors:
@@ -70,17 +72,18 @@ def _keep_rows_and_columns(group: Group, keep: Tensor) -> None:
 def producer_rows(group: Group, producer: Producer, keep: Tensor) -> Tensor:
     """The output rows of `producer` that belong to the units `keep`, in the producer's order: run after run."""
     own, start, parts = producer.rows(group.units).to(keep.device), 0, []
-    for run in producer.runs:
+    for number, run in enumerate(producer.runs):
         width = own.shape[1] * run // sum(producer.runs)
-        parts.append(own[keep, start : start + width].flatten())
+        units = keep if keep.dim() == 1 else keep[:, number * group.width // len(producer.runs)]  # the expert's, whose run it is
+        parts.append(own[units, start : start + width].flatten())
         start += width
     return torch.cat(parts)
 
 
 def consumer_columns(group: Group, keep: Tensor) -> Tensor:
     """The input columns of the consumer that belong to the units `keep`: [len(keep) * width]."""
-    columns = torch.arange(group.units * group.width, device=keep.device)
-    return columns.view(group.units, group.width)[keep].flatten()
+    columns = torch.arange(group.units * group.width, device=keep.device).view(group.units, group.width)
+    return (columns[keep] if keep.dim() == 1 else columns.gather(0, keep)).flatten()
 
 
 def _keep_outputs(linear: nn.Module, rows: Tensor) -> None:

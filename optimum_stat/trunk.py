@@ -27,7 +27,7 @@ from .mixtures import EXPERTS, rank_experts, refuse_without
 from .narrowing import narrow_and_correct
 from .probes import real_rows
 from .report import GroupReport, Lines
-from .routers import fewest, keep_experts
+from .routers import Mixture, fewest, find_mixtures, keep_experts, split
 from .slicing import Plan
 from .stream import Stream, find_stream, shorten, without_weights
 from .walk import BlockWalk
@@ -262,6 +262,7 @@ def _shape(
     plan = {name: ranking.order[name][:count].sort().values for name, count in kept.items()}
     if kept:
         blocks = plan.get(LAYERS, torch.arange(len(find_blocks(currency.model)))).tolist()
+        ranking = _of_experts(ranking, find_mixtures(currency.model), plan[EXPERTS]) if EXPERTS in plan else ranking
         currency = replace(currency, model=_small(currency.model, plan))
         ranking = _renamed(
             ranking,
@@ -274,6 +275,13 @@ def _shape(
     gone = {name: units for name, units in plan.items() if len(units) < len(trunk.order[name])}
     error = sum(float(trunk.error[name][count]) for name, count in kept.items())
     return Shape(dict(kept), gone, currency, groups, ranking, own, error + ranking.total(own))
+
+
+def _of_experts(ranking: Ranking, mixtures: Sequence[Mixture], keep: Tensor) -> Ranking:
+    """Without the orders that neurons have in the experts that go, where each expert has its own."""
+    left = {mixture.group.name: own for mixture, own in zip(mixtures, split(mixtures, keep), strict=True)}
+    order = {name: own[:, left[name]] if own.dim() == 2 else own for name, own in ranking.order.items()}
+    return replace(ranking, order=order)
 
 
 def _renamed(ranking: Ranking, names: Mapping[str, str]) -> Ranking:

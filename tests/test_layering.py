@@ -79,6 +79,7 @@ LAYERS = (
         "command_sweep",
         "dry_run",
         "run_plan",
+        "run_work",
         "evaluation",
         "squad",
     },

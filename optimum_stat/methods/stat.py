@@ -24,6 +24,7 @@ from ..pruner import Pruner
 from ..slicing import Plan, set_weight, slice_group
 from ..walk import BlockWalk
 from . import stat_published
+from .stat_experts import add_to_grams, corrected_experts, rank_in_experts
 from .stat_values import ValuesRanking, allocate_values, divide, rank_values
 
 METRICS = ("stream", "fisher")
@@ -78,7 +79,7 @@ class Moments:
     """Of one group's consumer: the Gram matrix of its inputs, and the metric of its outputs."""
 
     gram: Tensor
-    """Sum over real tokens of z^T z, float64: [width, width]."""
+    """Sum over real tokens of z^T z, float64: [width, width], or [experts, neurons, neurons]."""
     metric: Tensor
     """What a squared error of one in each output channel is worth: [out]."""
 
@@ -152,8 +153,11 @@ class STATPruner(Pruner[STATConfig]):
                 continue
             # an order needs no more than single precision once the ridge bounds the condition number
             gram = moments.gram.float() if self.config.ridge >= 1e-3 else moments.gram
-            scaled = moments.metric.sqrt()[:, None] * weight(group.consumer)
-            order[group.name], error[group.name] = backward_elimination(gram, scaled, group.width, self.config.ridge)
+            scaled, ridge = moments.metric.sqrt()[:, None] * weight(group.consumer), self.config.ridge
+            if group.experts is not None:
+                order[group.name], error[group.name] = rank_in_experts(group, gram, scaled, ridge)
+                continue
+            order[group.name], error[group.name] = backward_elimination(gram, scaled, group.width, ridge)
         return ValuesRanking(order, error, within) if "values" in self.config.structures else Ranking(order, error)
 
     def allocate(self, groups: list[Group], ranking: Ranking, keep: float, currency: Currency) -> dict[str, int]:
@@ -195,7 +199,7 @@ class STATPruner(Pruner[STATConfig]):
                 if group.inexact and not before_pruning:
                     slice_and_correct(walk, group, keep, self.config.ridge)
                     continue
-                corrected, _ = corrected_consumer(walk, group, keep, self.config.ridge)
+                corrected = self._corrected(walk, group, keep)
                 waiting.append((group, keep, corrected))
                 if not before_pruning:
                     _apply(*waiting.pop())
@@ -203,6 +207,11 @@ class STATPruner(Pruner[STATConfig]):
                 walk.advance(index)
             for group, keep, corrected in waiting:
                 _apply(group, keep, corrected)
+
+    def _corrected(self, walk: BlockWalk, group: Group, keep: Tensor) -> Tensor:
+        if group.experts is not None:
+            return corrected_experts(walk, group, keep, self.config.ridge)
+        return corrected_consumer(walk, group, keep, self.config.ridge)[0]
 
     def _worth_of_values(self, groups: list[Group], plan: Plan, batches: Batches) -> dict[str, Tensor]:
         """What an error is worth at the output of each group of values that is to be cut."""
@@ -221,11 +230,20 @@ class STATPruner(Pruner[STATConfig]):
 
 def _grams(walk: BlockWalk, index: int, groups: list[Group], advance: bool = False) -> dict[str, Tensor]:
     """The full Gram matrix of each group's consumer input, all groups of one block in one run."""
-    grams = {g.name: _square(g.units * g.width, g) for g in groups}
-    walk.run(index, groups, lambda group, z: add_to_gram(grams[group.name], z), advance)
+    grams = {g.name: _nothing_yet(g) for g in groups}
+
+    def add(group: Group, z: Tensor) -> None:
+        if group.experts is None:
+            add_to_gram(grams[group.name], z)
+        else:
+            add_to_grams(grams[group.name], group, z)
+
+    walk.run(index, groups, add, advance)
     for name, gram in grams.items():
         walk.processes.add_up(gram)
-        if not torch.isfinite(symmetrize(gram)).all():
+        for each in gram if gram.dim() == 3 else (gram,):
+            symmetrize(each)
+        if not torch.isfinite(gram).all():
             raise ValueError(
                 f"The activations that enter {name} are NaN or infinite; nothing can be decided from them. {OVERFLOW}"
             )
@@ -237,5 +255,8 @@ def _apply(group: Group, keep: Tensor, corrected: Tensor) -> None:
     set_weight(group.consumer, corrected)
 
 
-def _square(width: int, group: Group) -> Tensor:
-    return torch.zeros(width, width, dtype=torch.float64, device=weight(group.consumer).device)
+def _nothing_yet(group: Group) -> Tensor:
+    """[width, width], or one such matrix for every expert."""
+    width = group.units if group.experts is not None else group.units * group.width
+    each = (group.width,) if group.experts is not None else ()
+    return torch.zeros(*each, width, width, dtype=torch.float64, device=weight(group.consumer).device)
