@@ -62,6 +62,19 @@ def test_statistics_and_activations(tmp_path: Path) -> None:
     assert found.resident_bytes + 2 * found.block_bytes == found.bytes_before
 
 
+def test_experts_have_statistics_of_their_own(tmp_path: Path) -> None:
+    """One matrix an expert, and while they are open every token goes through all four, not through two."""
+    model = tiny("mixtral")
+    found = planned(model, tmp_path, metric="stream")
+    experts, neurons, hidden = 4, 48, 32
+    assert found.statistics_bytes == 8 * (32**2 + experts * neurons**2) + 16 * neurons**2
+    stages = {stage.name: stage.macs for stage in found.stages}
+    opened = 50 * found.dense.block_macs + 1000 * 2 * 2 * 3 * neurons * hidden  # two blocks, two experts more, three matrices
+    assert stages["forward pass"] == pytest.approx(opened, rel=0.02)
+    assert stages["Gram matrices"] == pytest.approx(0.58 * 1000 * 2 * (32**2 + 2 * neurons**2))
+    assert min(stages.values()) > 0
+
+
 def test_time_is_work_by_speed(tmp_path: Path) -> None:
     """One speed for everything: seconds are proportional to forward passes, and the floor is one pass and its blocks."""
     for family in ("llama", "bert"):
