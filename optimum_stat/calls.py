@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from .blocks import find_stacks
 from .families import applications_of
+from .offload import brought_in
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
 
@@ -70,7 +71,8 @@ def record_calls(
             raise ValueError(f"Block {index} of {type(model).__name__} does not read what the block before it returns.")
         calls[index].append((args, kwargs))
         if returned is None:
-            returned = Returned.of(forward(*args, **kwargs))
+            with brought_in(blocks[index]):
+                returned = Returned.of(forward(*args, **kwargs))
         if done + 1 == len(order):
             raise Stop
         return returned.with_hidden(hidden)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from .family_table import EXPERTS, EXPERTS_DOWN, EXPERTS_UP
 
-UP, DOWN, BIAS, CLOSED = "opened_up", "opened_down", "opened_bias", "_closed"
+UP, DOWN, BIAS, CLOSED, FORWARD = "opened_up", "opened_down", "opened_bias", "_closed", "_closed_forward"
 
 
 def is_stacked(module: nn.Module) -> bool:
@@ -109,8 +109,9 @@ def set_aside(model: nn.Module) -> list[Tensor]:
 
 
 @torch.no_grad()
-def _open(module: Any) -> None:
-    made, reads, _ = linears_of_experts(module)
+def fill(module: Any) -> None:
+    """Give the linears of experts that are open the weights that stand in the stacked parameters, and put these aside."""
+    made, reads = getattr(module, UP), getattr(module, DOWN)
     up, down, name = _rows_first(module, _up(module)), _rows_first(module, getattr(module, EXPERTS_DOWN)), _up_name(module)
     made.weight = nn.Parameter(up.flatten(0, 1).clone(), _up(module).requires_grad)
     reads.weight = nn.Parameter(down.permute(1, 2, 0).flatten(1).clone(), down.requires_grad)
@@ -120,20 +121,18 @@ def _open(module: Any) -> None:
         made.bias = nn.Parameter(parameters[f"{name}_bias"].flatten().clone(), made.weight.requires_grad)
     if f"{EXPERTS_DOWN}_bias" in parameters:
         module.register_parameter(BIAS, parameters[f"{EXPERTS_DOWN}_bias"])
+    made.out_features, reads.in_features = len(made.weight), reads.weight.shape[1]
     module.__dict__[CLOSED] = parameters, _state(made, reads)
-    module.add_module(UP, made)
-    module.add_module(DOWN, reads)
-    module.forward = MethodType(_forward, module)
 
 
 @torch.no_grad()
-def _close(module: Any) -> None:
-    made, reads = module._modules.pop(UP), module._modules.pop(DOWN)
+def stack(module: Any) -> None:
+    """Put the stacked parameters back, made anew if the linears' have changed; until `fill`, the linears are of no use."""
+    made, reads = getattr(module, UP), getattr(module, DOWN)
     parameters, before = module.__dict__.pop(CLOSED)
     bias = module._parameters.pop(BIAS, None)
     if bias is not None:
         parameters = {**parameters, f"{EXPERTS_DOWN}_bias": bias}
-    del module.forward
     for name, value in parameters.items():
         module.register_parameter(name, value)
     if before == _state(made, reads):
@@ -143,6 +142,22 @@ def _close(module: Any) -> None:
     if made.bias is not None:
         _set(module, f"{name}_bias", made.bias.view(count, -1))
     _set(module, EXPERTS_DOWN, _rows_first(module, reads.weight.unflatten(1, (-1, count)).permute(2, 0, 1)))
+
+
+def _open(module: Any) -> None:
+    made, reads, _ = linears_of_experts(module)
+    module.add_module(UP, made)
+    module.add_module(DOWN, reads)
+    module.__dict__[FORWARD] = module.__dict__.get("forward")  # accelerate's, where weights are fetched for every call
+    fill(module)
+    module.forward = MethodType(_forward, module)
+
+
+def _close(module: Any) -> None:
+    stack(module)
+    del module._modules[UP], module._modules[DOWN], module.forward
+    if (before := module.__dict__.pop(FORWARD)) is not None:
+        module.forward = before
 
 
 def _forward(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:

@@ -22,6 +22,8 @@ from accelerate.utils import OffloadedWeightsLoader, PrefixedDataset
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from . import experts
+
 MMAP_THRESHOLD = -3  # M_MMAP_THRESHOLD of malloc.h
 LARGE = 1 << 20  # bytes
 
@@ -53,15 +55,24 @@ def brought_in(block: nn.Module) -> Iterator[None]:
     Does nothing to a block that is not offloaded, or is in already.
     """
     away = {name: hook for name, module in block.named_modules() if (hook := _hook(module)) is not None}
+    opened = [block.get_submodule(name) for name in away if experts.is_open(block.get_submodule(name))]
+    for module in opened:
+        experts.stack(module)
     fetched = {name: _fetch(block.get_submodule(name), hook) for name, hook in away.items()}
+    for module in opened:
+        experts.fill(module)
     try:
         yield
     finally:
+        for module in opened:
+            experts.stack(module)
         if any(_differs(block.get_submodule(name), own) for name, own in fetched.items()):
             _store(block, away)
         for name, hook in away.items():
             _leave(block.get_submodule(name))
             hook.offload = True
+        for module in opened:
+            experts.fill(module)  # with nothing but shapes
 
 
 @contextmanager

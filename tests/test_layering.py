@@ -17,8 +17,8 @@ from optimum_stat.family_table import FAMILIES
 
 PACKAGE = Path(optimum_stat.__file__).parent
 LAYERS = (
-    {"linalg", "family_table", "few_values", "config", "autoload", "processes", "offload", "activations", "progress"},
-    {"experts"},
+    {"linalg", "family_table", "few_values", "config", "autoload", "processes", "activations", "progress"},
+    {"experts", "offload"},
     {"anatomy", "journal"},
     {"blocks", "group"},
     {"families"},

@@ -59,8 +59,20 @@ def written(folder: Path) -> dict[str, torch.Tensor]:
     return {key: value for path in folder.glob("*.safetensors") for key, value in load_file(path).items()}
 
 
-@pytest.mark.parametrize("run", RUNS)
-@pytest.mark.parametrize("family", ["llama", pytest.param("bert", marks=pytest.mark.full), "bloom"])
+COMBINED = [(run, family) for run in RUNS for family in ("llama", "bloom")]
+OF_EXPERTS = [(run, family) for run in RUNS if run != "stat, paper" for family in ("mixtral", "gpt_oss", "qwen2_moe")]
+FEW = [("stat", "gpt_oss"), ("fisher", "mixtral"), ("surgeon", "qwen2_moe")]
+
+
+@pytest.mark.parametrize(
+    ("run", "family"),
+    [
+        *COMBINED,
+        *FEW,
+        *(pytest.param(run, "bert", marks=pytest.mark.full) for run in RUNS),
+        *(pytest.param(*each, marks=pytest.mark.full) for each in OF_EXPERTS if each not in FEW),
+    ],
+)
 def test_the_result_is_that_of_a_model_in_memory(run: str, family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     method, config = RUNS[run]
     family = "qwen2" if "values" in run and family == "bloom" else family  # one linear makes all of it there
