@@ -14,7 +14,6 @@ from torch import nn
 
 from .blocks import is_causal, reads_tokens_alone
 from .data import Batches, make_batches
-from .experts import opened_in
 from .families import task_of
 from .journal import Journal
 from .media import make_media_batches
@@ -54,8 +53,8 @@ def refuse_offloaded(pruner: Pruner[Any]) -> None:
 
 def unjournaled(pruner: Pruner[Any]) -> str | None:
     """What there is about the pruner's runs that no journal keeps; None if they can be resumed."""
-    if not reads_tokens_alone(pruner.model) or opened_in(pruner.model):
-        return f"a {type(pruner.model).__name__}, which has several stacks of blocks, or experts, or reads no tokens"
+    if not reads_tokens_alone(pruner.model):
+        return f"a {type(pruner.model).__name__}, which has several stacks of blocks, or reads no tokens"
     if not pruner.resumable:
         return "a run that makes zeros, trains adapters or cuts the trunk in shots"
     return None

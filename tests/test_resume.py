@@ -72,8 +72,19 @@ def stop_after(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[int], None
     return lambda count: left.__setitem__(0, count)
 
 
-@pytest.mark.parametrize("run", RUNS)
-@pytest.mark.parametrize("family", ["llama", pytest.param("bert", marks=pytest.mark.full), "bloom"])
+MIXTURES = [(run, family) for run in RUNS if run != "stat, paper" for family in ("mixtral", "gpt_oss", "qwen2_moe")]
+FEW = [("stat", "gpt_oss"), ("fisher", "qwen2_moe"), ("surgeon", "mixtral")]
+
+
+@pytest.mark.parametrize(
+    ("run", "family"),
+    [
+        *((run, family) for run in RUNS for family in ("llama", "bloom")),
+        *FEW,
+        *(pytest.param(run, "bert", marks=pytest.mark.full) for run in RUNS),
+        *(pytest.param(*each, marks=pytest.mark.full) for each in MIXTURES if each not in FEW),
+    ],
+)
 def test_stopped_at_every_entry(run: str, family: str, tmp_path: Path, stop_after: Callable[[int], None]) -> None:
     """Each start gets a few entries further; at the end nothing but the model is different from a run in one piece."""
     family = "qwen2" if "values" in run and family == "bloom" else family  # one linear makes all of it there
