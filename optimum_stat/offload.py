@@ -7,6 +7,7 @@ every call. Here a block is fetched once, for all batches, and what has changed 
 from __future__ import annotations
 
 import ctypes
+import os
 import shutil
 import sys
 import tempfile
@@ -25,7 +26,8 @@ from torch import Tensor, nn
 from . import experts
 
 MMAP_THRESHOLD = -3  # M_MMAP_THRESHOLD of malloc.h
-LARGE = 1 << 20  # bytes
+LARGE = 1 << 17  # bytes
+KERNELS = "ONEDNN_PRIMITIVE_CACHE_CAPACITY", "16"
 
 
 def is_offloaded(model: nn.Module) -> bool:
@@ -34,11 +36,14 @@ def is_offloaded(model: nn.Module) -> bool:
 
 
 def free_at_once() -> None:
-    """Have the C library give back what a large tensor took as soon as it is freed. Until the process ends; glibc only.
+    """Have the C library give back what a large tensor took as soon as it is freed (glibc), and few kernels be kept.
 
-    By itself glibc learns to keep pieces of up to 32 MB in its heap, where small tensors that stay settle in the holes: the heap
-    would grow from block to block.
+    By itself glibc learns to keep pieces of up to 32 MB in its heap, where small tensors that stay settle in the holes; and
+    oneDNN, which multiplies in half precision on CPUs, keeps a compiled kernel of some 0.3 MB for each of the last 1,024 shapes,
+    and pruned blocks have other shapes than all before them. Both would grow from block to block. Until the process ends; kernels
+    only if the process has not used any yet.
     """
+    os.environ.setdefault(*KERNELS)
     if sys.platform == "linux" and (mallopt := getattr(ctypes.CDLL(None), "mallopt", None)) is not None:
         mallopt(MMAP_THRESHOLD, LARGE)
 

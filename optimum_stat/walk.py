@@ -91,9 +91,13 @@ class BlockWalk:
         for batch in range(len(self.masks)):
             waiting.append(self._consumer_inputs(index, groups, batch, advance))
             if sum(len(rows[0]) for rows in waiting) >= CHUNK or batch == len(self.masks) - 1:
-                for group, *parts in zip(groups, *waiting, strict=True):
-                    visit(group, torch.cat(parts))
+                by_group = [list(parts) for parts in zip(*waiting, strict=True)]
                 waiting.clear()
+                for group, parts in zip(groups, by_group, strict=True):
+                    rows = torch.cat(parts)
+                    parts.clear()  # what is shown is large enough once
+                    visit(group, rows)
+                    del rows
         return None
 
     @torch.no_grad()
