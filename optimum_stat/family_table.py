@@ -105,7 +105,8 @@ class Family:
     """The rows of a fused query, key, value: "stacked" (all queries, all keys, all values), or "by head" (one key/value head's
     queries, key and value together)."""
     per_layer_config: tuple[str, str, str] | None = None
-    """The config's names for (query heads, key/value heads, neurons), where transformers accepts them layer by layer."""
+    """The config's names for (query heads, key/value heads, neurons), where transformers plans a cache from them, layer by layer;
+    "": it has none, or more than one a layer."""
     config_reads: tuple[str, ...] = ()
     """Numbers of query heads that the attention's forward reads from its config."""
     bias_by_head: tuple[str, ...] = ()
@@ -120,14 +121,16 @@ class Family:
 
 
 _LAYERS = ("num_attention_heads", "num_key_value_heads", "intermediate_size")
+_HEADS = ("num_attention_heads", "", "")
 _ENCODER = Family(causal=False)
 _DECODER = Family(per_layer_config=_LAYERS)
+_MIXTURE = Family(per_layer_config=("num_attention_heads", "num_key_value_heads", ""))
 FAMILIES: dict[str, Family] = {
     "albert": _ENCODER,
     "apertus": _DECODER,
     "bart": Family(norm_first=False),
     "bert": Family(),
-    "bloom": Family(causal=True, fused="by head", bias_by_head=("alibi",)),
+    "bloom": Family(causal=True, fused="by head", bias_by_head=("alibi",), per_layer_config=_HEADS),
     "clip": Family(causal="text_model"),
     "clip_text_model": Family(causal=True),
     "clip_vision_model": _ENCODER,
@@ -137,28 +140,32 @@ FAMILIES: dict[str, Family] = {
     "dinov2": _ENCODER,
     "distilbert": _ENCODER,
     "electra": Family(),
-    "falcon": Family(fused="by head", bias_by_head=("alibi", "attention_mask")),
+    "falcon": Family(
+        fused="by head",
+        bias_by_head=("alibi", "attention_mask"),
+        per_layer_config=("num_key_value_heads", "", ""),  # the keys in its cache are repeated for every query head
+    ),
     "gemma": _DECODER,
     "gemma2": _DECODER,
     "gemma3_text": _DECODER,
     "glm": _DECODER,
-    "gpt2": Family(causal=True, fused="stacked"),
-    "gpt_neox": Family(fused="by head"),
-    "gpt_oss": Family(),
+    "gpt2": Family(causal=True, fused="stacked", per_layer_config=("num_attention_heads", "", "n_inner")),
+    "gpt_neox": Family(fused="by head", per_layer_config=("num_attention_heads", "", "intermediate_size")),
+    "gpt_oss": _MIXTURE,
     "granite": _DECODER,
     "llama": _DECODER,
     "mistral": _DECODER,
-    "mixtral": Family(),
+    "mixtral": _MIXTURE,
     "modernbert": Family(causal=False, fused="stacked"),
     "nemotron": _DECODER,
     "olmo2": _DECODER,
-    "opt": Family(),
+    "opt": Family(per_layer_config=("num_attention_heads", "", "ffn_dim")),
     "phi": _DECODER,
     "phi3": Family(fused="stacked", per_layer_config=_LAYERS, config_reads=("num_attention_heads",)),
     "qwen2": _DECODER,
-    "qwen2_moe": Family(),
+    "qwen2_moe": _MIXTURE,
     "qwen3": _DECODER,
-    "qwen3_moe": Family(),
+    "qwen3_moe": _MIXTURE,
     "roberta": Family(),
     "siglip": _ENCODER,
     "siglip_vision_model": _ENCODER,

@@ -64,9 +64,10 @@ def write_record(model: nn.Module) -> None:
     if names:
         # transformers plans static caches from this; without the flag it refuses to read the dense sizes at all
         config.allow_global_per_layer_attribute_access = True
-        config.head_dim = width_of_head(config)  # else it would divide the hidden size by each layer's number of heads
-        layers = zip(*(record[name] for name in SIZES), strict=True)
-        config.per_layer_config = {i: dict(zip(names, layer, strict=True)) for i, layer in enumerate(layers)}
+        if names[0] == "num_attention_heads":
+            config.head_dim = width_of_head(config)  # else it would divide the hidden size by each layer's number of heads
+        own = [(theirs, record[name]) for theirs, name in zip(names, SIZES, strict=True) if theirs]
+        config.per_layer_config = {i: {name: sizes[i] for name, sizes in own} for i in range(config.num_hidden_layers)}
         _give_own_configs(find_groups(model))
 
 

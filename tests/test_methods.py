@@ -9,13 +9,12 @@ from typing import Any
 
 import pytest
 import torch
+from test_table import CANNOT, SILENT, STATIC, check_cache, generates_with_a_static_cache
 from tiny import (
-    DECODERS,
     INEXACT,
     MIXTURES,
     OTHERS,
     ROWS,
-    SEQUENCES,
     batches,
     checkpoint_activations,
     combinations,
@@ -185,24 +184,18 @@ def test_saved_and_loaded_equals_in_memory(recipe: str, family: str, tmp_path):
         assert torch.equal(outputs(loaded, batch), outputs(pruner.model, batch))
 
 
-@TABLE
+OTHERS_THAN_IN_THE_TABLE = [recipe for recipe in RECIPES if recipe not in ("stat-fisher", "fisher", "surgeon")]
+
+
+@pytest.mark.parametrize(
+    ("recipe", "family"), combinations(OTHERS_THAN_IN_THE_TABLE, TRAINED, of=[family for family in ROWS if family not in SILENT])
+)
 def test_generation_with_a_cache_equals_generation_without(recipe: str, family: str):
-    if family not in (*DECODERS, *SEQUENCES):
-        return
     model = prune(recipe, family).model.eval()
     assert model.config.use_cache
-    prompt = {"input_ids": torch.arange(3, 12)[None], "attention_mask": torch.ones(1, 9, dtype=torch.long)}
-    if family == "whisper":
-        prompt = {"input_features": data_of(family)[0]["input_features"][:1]}
-    asked = {"max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False, "output_scores": True, "return_dict_in_generate": True}
-    caches: list[dict[str, Any]] = [{"use_cache": False}, {}, {"cache_implementation": "static", "disable_compile": True}]
-    if family == "falcon, biased":
-        caches.pop()  # static: the dense model cannot do that
-    with torch.no_grad():
-        plain, *rest = (model.generate(**prompt, **asked, **cache) for cache in caches)
-    for cached in rest:
-        assert torch.equal(cached.sequences, plain.sequences)
-        assert all(torch.allclose(a, b, atol=1e-4, rtol=1e-4) for a, b in zip(cached.scores, plain.scores, strict=True))
+    check_cache(model, family, {})
+    if family not in CANNOT[generates_with_a_static_cache]:
+        check_cache(model, family, STATIC)
 
 
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks")

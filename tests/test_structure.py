@@ -18,60 +18,31 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from safetensors.torch import load_file, save_file
-from test_slicing import divide_at_random, random_plan
+from made import CHANCE, FEW, METHODS, pruned, save
+from safetensors.torch import load_file
 from tiny import (
-    FIXED_STREAM,
-    HIDDEN,
-    LLAMAS,
-    MIXTURES,
     ROWS,
-    accepted,
     auto_of,
     batches,
     checkpoint_activations,
     data_of,
     outputs,
-    predicted,
     tiny,
 )
-from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassification, PreTrainedModel
+from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassification
 
 from optimum_stat.families import find_groups
-from optimum_stat.routers import counts, keep_experts
-from optimum_stat.slicing import slice_model
-from optimum_stat.stream import narrow
-from optimum_stat.structure import describe, install, replay, write_record
+from optimum_stat.structure import describe, install, replay
 
 EACH_FAMILY = pytest.mark.parametrize("family", ROWS)
 
 
-def pruned(family: str, head: str | None = None, seed: int = 0, *, whole: bool = False) -> PreTrainedModel:
-    """A model with other sizes in every layer and, unless `whole`, in every head, and with a narrower residual stream."""
-    model = tiny(family, head)
-    if seed == 0 and family not in FIXED_STREAM:
-        narrow(model, torch.arange(1, HIDDEN, 2))
-    slice_model(model, random_plan(model, seed))
-    if family in MIXTURES:
-        keep_experts(model, torch.tensor([expert for expert in range(sum(counts(model))) if expert not in (1, 4, 6)]))
-    if not whole:
-        divide_at_random(model, seed)
-    write_record(model)
-    return model
-
-
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """One folder a family with the remote-code loader and, beside it, what the model predicts."""
-    from optimum_stat import remote_code
-
+    """Every family cut by chance, and a few by a method."""
     root = tmp_path_factory.mktemp("saved")
-    for family in ROWS:
-        model = pruned(family)
-        model.config.auto_map = remote_code.write(model, root)
-        model.save_pretrained(root / family)
-        shutil.move(root / "modeling_stat.py", root / family)
-        save_file({"outputs": outputs(model, data_of(family)[0])}, root / f"{family}.safetensors")
+    for family, method in IN_EVERY_RUN:
+        save(family, method, root)
     return root
 
 
@@ -88,11 +59,12 @@ torch.set_num_threads(1)
 
 def look(model, family):
     wanted = load_file(root / f"{family}.safetensors")["outputs"]
-    return torch.equal(outputs(model, data_of(family)[0]), wanted), type(model).__module__.split(".")[0]
+    own = data_of(family.split(" by ")[0])[0]
+    return torch.equal(outputs(model, own), wanted), type(model).__module__.split(".")[0]
 
 found = {}
 for family in sorted(path.stem for path in root.glob("*.safetensors")):
-    auto = auto_of(family)
+    auto = auto_of(family.split(" by ")[0])
     folder, again = root / family, root / "again" / family
 """
 WITH_THE_PACKAGE = f"""
@@ -138,14 +110,36 @@ def in_fresh_process(code: str, root: Path, home: Path) -> Any:
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def test_a_fresh_process_with_the_package_loads_every_family_bit_for_bit(saved: Path, tmp_path: Path):
-    found = in_fresh_process(WITH_THE_PACKAGE, saved, tmp_path)
-    assert found == {family: [True, "transformers"] for family in ROWS}
+IN_EVERY_RUN = [*((family, CHANCE) for family in ROWS), *zip(FEW, 2 * list(METHODS), strict=True)]
+BY = pytest.mark.parametrize(
+    "method", [CHANCE, *(pytest.param(method, marks=[pytest.mark.full, pytest.mark.timeout(900)]) for method in METHODS)]
+)
 
 
-def test_a_fresh_process_without_the_package_needs_remote_code_and_then_loads_bit_for_bit(saved: Path, tmp_path: Path):
-    found = in_fresh_process(WITHOUT_THE_PACKAGE, saved, tmp_path)
-    assert set(found) == set(ROWS)
+def folders(method: str, saved: Path, tmp_path: Path) -> Path:
+    """Those of IN_EVERY_RUN, or every family pruned by `method`."""
+    if method == CHANCE:
+        return saved
+    for family in ROWS:
+        save(family, method, tmp_path)
+    return tmp_path
+
+
+@BY
+def test_a_fresh_process_with_the_package_loads_every_family_bit_for_bit(method: str, saved: Path, tmp_path: Path):
+    root = folders(method, saved, tmp_path)
+    found = in_fresh_process(WITH_THE_PACKAGE, root, tmp_path)
+    assert found == {name.stem: [True, "transformers"] for name in root.glob("*.safetensors")}
+    assert len(found) == (len(IN_EVERY_RUN) if method == CHANCE else len(ROWS))
+
+
+@BY
+def test_a_fresh_process_without_the_package_needs_remote_code_and_then_loads_bit_for_bit(
+    method: str, saved: Path, tmp_path: Path
+):
+    root = folders(method, saved, tmp_path)
+    found = in_fresh_process(WITHOUT_THE_PACKAGE, root, tmp_path)
+    assert len(found) == (len(IN_EVERY_RUN) if method == CHANCE else len(ROWS))
     for family, seen in found.items():
         assert "ignore_mismatched_sizes" in seen.pop("refused"), family
         remote = "transformers_modules"
@@ -169,20 +163,6 @@ def test_the_record_says_what_the_model_is(family: str):
     assert record["key_value_heads"] == [1 if group.shares_key_value else group.units for group in heads]
     assert record["heads"] == [group.units * group.query_heads for group in heads]
     assert record == json.loads(json.dumps(record)) == describe(model)
-
-
-@EACH_FAMILY
-def test_transformers_own_record_agrees_where_it_has_one(family: str, saved: Path):
-    config = AutoConfig.from_pretrained(saved / family)
-    if family not in LLAMAS:
-        assert "per_layer_config" not in json.loads((saved / family / "config.json").read_text())
-        return
-    for i in range(config.num_hidden_layers):
-        layer, record = config.per_layer_config[i], config.stat_pruning
-        sizes = layer.num_attention_heads, layer.num_key_value_heads, layer.intermediate_size
-        assert sizes == tuple(record[name][i] for name in ("heads", "key_value_heads", "neurons"))
-    assert (config.num_attention_heads, config.intermediate_size) == (4, 44)
-    assert config.num_key_value_heads == (1 if "one" in family else 2)
 
 
 def shapes(model: Any) -> dict[str, tuple[int, ...]]:
@@ -234,18 +214,6 @@ def test_deepcopy_and_torch_save(family: str, tmp_path: Path):
         assert torch.equal(outputs(other, data_of(family)[0]), wanted)
 
 
-@pytest.mark.parametrize("family", LLAMAS)
-def test_static_cache_and_prefill_in_chunks(family: str):
-    model = pruned(family)
-    model.config.use_cache = True
-    prompt = torch.arange(3, 14)[None]
-    asked = {"attention_mask": torch.ones_like(prompt), "max_new_tokens": 5, "min_new_tokens": 5, "do_sample": False}
-    plain = model.generate(prompt, use_cache=False, **asked)
-    static = {"cache_implementation": "static", "disable_compile": True}
-    for options in (static, {**static, "prefill_chunk_size": 4}):
-        assert torch.equal(model.generate(prompt, **asked, **options), plain)
-
-
 def test_training_with_gradient_checkpointing_equals_training_without():
     gradients = []
     for checkpointed in (False, True):
@@ -255,79 +223,6 @@ def test_training_with_gradient_checkpointing_equals_training_without():
         model(**batches()[0], labels=batches()[0]["input_ids"]).loss.backward()
         gradients.append([parameter.grad for parameter in model.parameters()])
     assert all(torch.equal(one, other) for one, other in zip(*gradients, strict=True))
-
-
-SOME = pytest.mark.parametrize(
-    "family", [pytest.param(family, marks=[] if family in ("bloom", "phi3") else pytest.mark.full) for family in ROWS]
-)
-"""Two whose attention needs help, in every run; the others take too long."""
-
-
-@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # of one family's activation function
-@pytest.mark.filterwarnings("ignore:Dynamo detected a call to a `functools.lru_cache`:UserWarning")  # in one family's encoder
-@SOME
-def test_torch_compile(family: str):
-    torch._dynamo.reset()
-    model = pruned(family)
-    compiled = torch.compile(model, fullgraph="deberta" not in family, backend="aot_eager")
-    inputs = accepted(model, data_of(family)[0])
-    with torch.no_grad():
-        torch.testing.assert_close(predicted(compiled(**inputs)), predicted(model(**inputs)), atol=1e-4, rtol=1e-4)
-
-
-@SOME
-def test_torch_export(family: str):
-    model = pruned(family)
-    for module in model.modules():  # an encoder-decoder's two sides have configs of their own; caches cannot be exported
-        if getattr(getattr(module, "config", None), "use_cache", None):
-            module.config.use_cache = False
-    inputs = accepted(model, data_of(family)[0])
-    with torch.no_grad():
-        exported = torch.export.export(model, (), inputs, strict=False).module()
-        torch.testing.assert_close(predicted(exported(**inputs)), predicted(model(**inputs)), atol=1e-4, rtol=1e-4)
-
-
-@EACH_FAMILY
-def test_half_precision(family: str, saved: Path):
-    if family == "deberta":
-        return  # transformers loads some of its biases in single precision, and then the dense model does not run either
-    loaded, model = auto_of(family).from_pretrained(saved / family, dtype=torch.bfloat16), pruned(family)
-    assert torch.bfloat16 in {parameter.dtype for parameter in loaded.parameters()}
-    for own, other in zip(model.parameters(), loaded.parameters(), strict=True):
-        own.data = own.data.to(other.dtype)  # not .bfloat16(), which rounds the rotary frequencies too
-    assert torch.equal(outputs(loaded, data_of(family)[0]), outputs(model, data_of(family)[0]))
-
-
-# peft asks transformers by the old name; ours does not
-@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
-@SOME
-def test_lora_on_top(family: str, tmp_path: Path):
-    from peft import LoraConfig, PeftModel, get_peft_model
-
-    base = pruned(family, whole=True)  # adapters of divided heads stay adapters: tests/test_values.py
-    base.save_pretrained(tmp_path / "base")
-    names = {module: name.rpartition(".")[2] for name, module in base.named_modules()}
-    # peft takes the linears of a dense block beside experts for some of theirs
-    groups = [group for group in find_groups(base) if family not in MIXTURES or group.structure == "heads"]
-    linears = [*(producer.linear for group in groups for producer in group.producers), *(group.consumer for group in groups)]
-    chosen = [names[linear] for linear in linears]
-    load = type(base).from_pretrained
-    fan_in = {"fan_in_fan_out": True} if family == "gpt2" else {}
-    adapted = get_peft_model(load(tmp_path / "base"), LoraConfig(r=2, target_modules=sorted({*chosen}), **fan_in))
-    optimizer = torch.optim.SGD([p for p in adapted.parameters() if p.requires_grad], lr=0.1)
-    for _ in range(2):  # the first step moves B alone
-        predicted(adapted(**accepted(base, data_of(family)[0]))).abs().mean().backward()  # squares: constant where normalised
-        optimizer.step()
-    trained = outputs(adapted, data_of(family)[0])
-    assert not torch.equal(trained, outputs(load(tmp_path / "base"), data_of(family)[0]))
-    adapted.save_pretrained(tmp_path / "adapter")
-    loaded = PeftModel.from_pretrained(load(tmp_path / "base"), tmp_path / "adapter")
-    assert torch.equal(outputs(loaded, data_of(family)[0]), trained)
-    merged = loaded.merge_and_unload()
-    torch.testing.assert_close(outputs(merged, data_of(family)[0]), trained, atol=1e-3, rtol=1e-3)
-    merged.save_pretrained(tmp_path / "merged")
-    again, wanted = load(tmp_path / "merged").state_dict(), merged.state_dict()
-    assert all(torch.equal(again[name], value) for name, value in wanted.items())
 
 
 def set_record(name: str, value: object) -> Callable[[dict[str, Any]], None]:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_structure import pruned
+from made import pruned
 from tiny import DECODERS, accepted, batches, checkpoint_activations, data_of, outputs, predicted
 from transformers import PreTrainedModel
 
