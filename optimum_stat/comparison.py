@@ -13,8 +13,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from huggingface_hub import hf_hub_download, try_to_load_from_cache
-from transformers import AutoConfig, AutoModel
+from transformers import MODEL_MAPPING, AutoConfig, AutoModel
 from transformers.utils.logging import tqdm
 
 from . import checkpoint
@@ -214,10 +215,16 @@ def sizes(model: str, revision: str | None = None) -> Sizes:
     setattr(before, KEY, None)
     if getattr(before, PER_LAYER, None):
         setattr(before, PER_LAYER, None)
-    with torch.device("meta"):
-        pruned, dense = AutoModel.from_config(config), AutoModel.from_config(before)
+    pruned, dense = without_weights(config), without_weights(before)
     params = tuple(model_cost(each, "params", 1) for each in (pruned, dense))
     return Sizes(model, describe(pruned), describe(dense), (params[0], params[1]))
+
+
+def without_weights(config: Any) -> Any:
+    """The model that `config` describes, without a head, or with that of its class where no Auto class knows its base."""
+    own = getattr(transformers, (getattr(config, "architectures", None) or [""])[0], None)
+    with torch.device("meta"):
+        return AutoModel.from_config(config) if own is None or type(config) in MODEL_MAPPING else own(config)
 
 
 def _side(path: str, data: Data, task: str | None, device: Any, **kwargs: Any) -> tuple[Side, str]:

@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-from transformers import AutoConfig, AutoModel
+from transformers import AutoConfig
 
-from .budget import model_cost, options, unit_cost
+from .budget import Cost, model_cost, options, unit_cost
+from .comparison import without_weights
 from .config import PruningConfig
-from .families import find_groups
+from .currency import Currency
+from .families import Group, find_groups
+from .routers import Mixture, find_mixtures
+from .trunk import smallest
 
 SEQ_LEN = 128  # tokens of the example whose multiply-adds are counted
 BUDGETS = ("params", "macs")
+USUAL = PruningConfig().structures
 
 
 @dataclass(frozen=True)
@@ -22,6 +27,9 @@ class GroupCost:
     """One group and what a unit of it costs."""
 
     name: str
+    """Its block and its place there; whole experts and their neurons share one."""
+    structure: str
+    """What `structures` calls it."""
     units: int
     fewest: int
     """How few units can stay."""
@@ -30,6 +38,12 @@ class GroupCost:
     """For one example of `DryRun.seq_len` tokens."""
     note: str
     """Why dropping a unit changes others too; empty where it does not."""
+
+    @property
+    def label(self) -> str:
+        """What it is called where blocks are alike."""
+        place = self.name.partition(".")[2]
+        return f"neurons of {place}" if self.structure == "neurons" != place else place
 
 
 @dataclass(frozen=True)
@@ -44,7 +58,11 @@ class DryRun:
     """Of the blocks, before pruning."""
     macs: int
     smallest: dict[str, float]
-    """Budget -> the smallest share of the blocks' cost that can be kept: with the fewest units in every group."""
+    """Budget -> the smallest share of the blocks' cost that can be kept: with the fewest heads and neurons in every group."""
+    smallest_with: dict[str, dict[str, float]]
+    """"values", "experts" -> the same, if these are asked for besides; only where they can go."""
+    whole: dict[str, str]
+    """Those of them that cannot go -> why."""
 
     def to_dict(self) -> dict[str, Any]:
         """Everything, as plain JSON values."""
@@ -54,17 +72,19 @@ class DryRun:
         lines = [
             f"{self.model} ({self.model_type}): blocks of {self.params:,} parameters, {self.macs:,} multiply-adds for "
             f"{self.seq_len} tokens",
-            f"{'blocks':<12}{'group':<10}{'units':>8}{'fewest':>8}{'params of one':>16}{'macs of one':>16}",
+            f"{'blocks':<12}{'group':<20}{'units':>8}{'fewest':>8}{'params of one':>16}{'macs of one':>16}",
         ]
         rows: dict[tuple[Any, ...], list[int]] = {}
         for group in self.groups:
-            block, _, structure = group.name.partition(".")
-            rows.setdefault((structure, group.units, group.fewest, group.params, group.macs), []).append(int(block))
-        for (structure, units, fewest, params, macs), blocks in rows.items():
-            lines.append(f"{ranges(blocks):<12}{structure:<10}{units:>8,}{fewest:>8}{params:>16,}{macs:>16,}")
-        smallest = ", ".join(f"{share:.2%} of the {name}" for name, share in self.smallest.items())
-        notes = sorted({f"{group.name.partition('.')[2]}: {group.note}" for group in self.groups if group.note})
-        return "\n".join([*lines, f"smallest: {smallest}", *notes])
+            row = group.label, group.units, group.fewest, group.params, group.macs
+            rows.setdefault(row, []).append(int(group.name.partition(".")[0]))
+        for (label, units, fewest, params, macs), blocks in rows.items():
+            lines.append(f"{ranges(blocks):<12}{label:<20}{units:>8,}{fewest:>8}{params:>16,}{macs:>16,}")
+        lines.append(f"smallest: {_shares(self.smallest)}")
+        lines += [f"with {name} too: {_shares(own)}" for name, own in self.smallest_with.items()]
+        lines += [f"no {name}: {why}" for name, why in self.whole.items()]
+        lines += sorted({f"{group.label}: {group.note}" for group in self.groups if group.note})
+        return "\n".join(lines)
 
 
 def dry_run(model: str, revision: str | None = None, round_to: int = PruningConfig().round_to, seq_len: int = SEQ_LEN) -> DryRun:
@@ -74,24 +94,59 @@ def dry_run(model: str, revision: str | None = None, round_to: int = PruningConf
         ValueError: it cannot be pruned; says what was found and what was not.
     """
     config = AutoConfig.from_pretrained(model, revision=revision)
-    with torch.device("meta"):
-        built = AutoModel.from_config(config)
-    found = find_groups(built)
-    groups = tuple(
-        GroupCost(
-            name=group.name,
-            units=group.units,
-            fewest=options(group, round_to)[0],
-            params=unit_cost(built, group, "params", seq_len),
-            macs=unit_cost(built, group, "macs", seq_len),
-            note=group.inexact,
-        )
-        for group in found
-    )
+    built = without_weights(config)
+    found, whole = find_groups(built), dict[str, str]()
+    try:
+        values = find_groups(built, ("values",))
+    except ValueError as error:
+        values, whole = [], {"values": str(error).partition(": ")[2]}
+    mixtures = find_mixtures(built)
+    if not mixtures and any(group.experts is not None for group in found):
+        whole["experts"] = "their router is more than rows, and perhaps biases, of experts."
+    groups = [_cost(built, group, round_to, seq_len) for group in (*found, *values)]
     total = {budget: model_cost(built, budget, seq_len) for budget in BUDGETS}
-    saved = {budget: sum((each.units - each.fewest) * getattr(each, budget) for each in groups) for budget in BUDGETS}
-    smallest = {budget: 1 - saved[budget] / total[budget] for budget in BUDGETS}
-    return DryRun(model, config.model_type, seq_len, groups, total["params"], total["macs"], smallest)
+    more = {"values": values, "experts": mixtures}
+    least = {name: _least(built, (*USUAL, name), round_to, seq_len) for name, own in more.items() if own}
+    return DryRun(
+        model,
+        config.model_type,
+        seq_len,
+        tuple(sorted([*groups, *_experts(mixtures)], key=lambda group: int(group.name.partition(".")[0]))),
+        total["params"],
+        total["macs"],
+        _least(built, USUAL, round_to, seq_len),
+        least,
+        whole,
+    )
+
+
+def _cost(model: Any, group: Group, round_to: int, seq_len: int) -> GroupCost:
+    costs = [unit_cost(model, group, budget, seq_len) for budget in BUDGETS]
+    return GroupCost(group.name, group.structure, group.units, options(group, round_to)[0], costs[0], costs[1], group.inexact)
+
+
+def _experts(mixtures: list[Mixture]) -> Iterator[GroupCost]:
+    """A whole expert takes its row of the router along; a token goes through as many as before, so that no work is saved."""
+    for mixture in mixtures:
+        parts: list[Any] = [mixture.group.experts, mixture.router]
+        params = sum(own.numel() for part in parts for own in part.parameters())
+        yield GroupCost(mixture.name, "experts", mixture.units, mixture.fewest, params // mixture.units, 0, "")
+
+
+def _least(model: Any, structures: tuple[str, ...], round_to: int, seq_len: int) -> dict[str, float]:
+    """What the smallest plan there is would keep."""
+    dense, found = Cost.of(model, seq_len), dict[str, float]()
+    for budget in BUDGETS:
+        currency = Currency(model, budget, round_to, structures, seq_len, dense, None)
+        small = smallest(tuple(name for name in structures if name == "experts"), currency)
+        costs, _ = small.choices(find_groups(small.model, structures))
+        cost = model_cost(small.model, budget, seq_len) - sum(own[-1] - min(own) for own in costs.values())
+        found[budget] = cost / model_cost(model, budget, seq_len)
+    return found
+
+
+def _shares(shares: dict[str, float]) -> str:
+    return ", ".join(f"{share:.2%} of the {name}" for name, share in shares.items())
 
 
 def ranges(numbers: list[int]) -> str:

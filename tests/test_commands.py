@@ -324,19 +324,23 @@ def test_a_dry_run_shows_what_could_be_pruned_from_the_config_alone(
     assert [(group["name"], group["units"], group["fewest"]) for group in found["groups"]] == [
         ("0.heads", 2, 1),
         ("0.neurons", 48, 8),
+        ("0.values", 16, 8),
         ("1.heads", 2, 1),
         ("1.neurons", 48, 8),
+        ("1.values", 16, 8),
     ]
-    for group in found["groups"]:
+    usual = [group for group in found["groups"] if group["structure"] != "values"]
+    for group in usual:
         smaller = LlamaForCausalLM.from_pretrained(folders["llama"])
         slice_model(smaller, {group["name"]: torch.arange(1, group["units"])})
         assert group["params"] == everything - sum(p.numel() for p in smaller.model.layers.parameters())
-    slice_model(model, {group["name"]: torch.arange(group["fewest"]) for group in found["groups"]})
+    slice_model(model, {group["name"]: torch.arange(group["fewest"]) for group in usual})
     left = sum(p.numel() for p in model.model.layers.parameters())
     assert found["smallest"]["params"] == pytest.approx(left / everything, abs=1e-12)
     assert table[2].split()[:4] == ["0-1", "heads", "2", "1"]
     assert table[3].split()[:4] == ["0-1", "neurons", "48", "8"]
-    assert table[-1].startswith(f"smallest: {left / everything:.2%} of the params, ")
+    assert table[-2].startswith(f"smallest: {left / everything:.2%} of the params, ")
+    assert table[-1].startswith("with values too: ")
 
 
 def test_a_dry_run_of_what_is_not_known_says_what_was_found(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
