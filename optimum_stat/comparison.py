@@ -212,8 +212,9 @@ def sizes(model: str, revision: str | None = None) -> Sizes:
             f"config.json of {model} has no {KEY}: it was not pruned by optimum-stat. --dry-run shows what could be."
         )
     before: Any = copy.deepcopy(config)
-    setattr(before, KEY, None)
-    if getattr(before, PER_LAYER, None):
+    for part in (before, *(getattr(before, name) for name in before.sub_configs)):
+        setattr(part, KEY, None)
+    if before.is_heterogeneous:
         setattr(before, PER_LAYER, None)
     pruned, dense = without_weights(config), without_weights(before)
     params = tuple(model_cost(each, "params", 1) for each in (pruned, dense))

@@ -52,14 +52,14 @@ def write(model: PreTrainedModel, folder: Path) -> dict[str, str]:
 
 
 def _auto_classes(model: PreTrainedModel) -> dict[str, str]:
-    """Auto class -> the model class it makes from this model's config."""
+    """Auto class -> the model class it makes from this model's config; the model's own, where transformers has none for it."""
     found = {}
     for auto, value in vars(modeling_auto).items():
         mapping = getattr(value, "_model_mapping", None)
         if auto.startswith("AutoModel") and mapping is not None and type(model.config) in mapping:
             chosen = mapping[type(model.config)]
             found[auto] = (chosen[0] if isinstance(chosen, (tuple, list)) else chosen).__name__
-    return found
+    return found or {"AutoModel": type(model).__name__}
 
 
 def _source(name: str) -> str:

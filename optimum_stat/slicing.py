@@ -224,8 +224,9 @@ def restored_on_error(model: nn.Module) -> Iterator[None]:
         (module, type(module), dict(module.__dict__), [dict(module.__dict__[name]) for name in _CHANGED])
         for module in model.modules()
     ]
-    config: Any = model.config
-    values = dict(vars(config))
+    own: Any = model.config
+    configs = [own, *(getattr(own, name) for name in own.sub_configs)]
+    values = [dict(vars(config)) for config in configs]
     try:
         yield
     except BaseException:
@@ -236,8 +237,9 @@ def restored_on_error(model: nn.Module) -> Iterator[None]:
             for name, content in zip(_CHANGED, contents, strict=True):
                 attributes[name].clear()
                 attributes[name].update(content)
-        vars(config).clear()
-        vars(config).update(values)
+        for config, value in zip(configs, values, strict=True):
+            vars(config).clear()
+            vars(config).update(value)
         raise
 
 

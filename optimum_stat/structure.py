@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from .blocks import width_of_head
+from .blocks import find_stacks, width_of_head
 from .families import Group, family_of, find_groups, weight
 from .few_values import kept_values, narrow_values
 from .routers import counts, find_mixtures, keep_experts
@@ -37,8 +37,11 @@ def describe(model: Any) -> dict[str, Any]:
     With the width of the residual stream, if it is not `config.hidden_size`. Dropped blocks need no record: the config has
     as many layers as are left.
     """
+    return _describe(find_groups(model), model.config, counts(model))
+
+
+def _describe(groups: list[Group], config: Any, experts: list[int]) -> dict[str, Any]:
     sizes: dict[str, list[int]] = {name: [] for name in SIZES}
-    groups = find_groups(model)
     for group in groups:
         if group.structure == "heads":
             sizes["heads"].append(group.units * group.query_heads)
@@ -47,11 +50,11 @@ def describe(model: Any) -> dict[str, Any]:
             sizes["neurons"].append(group.units)
     biased = [kept_heads(group) for group in groups if group.biased is not None]
     width = weight(groups[0].consumer).shape[0]
-    narrowed = {} if groups[-1].stack or width == model.config.hidden_size else {HIDDEN: width}
+    narrowed = {} if groups[0].stack != groups[-1].stack or width == config.hidden_size else {HIDDEN: width}
     inexact = [group.name for group in groups if group.inexact]
     values = [kept_values(group.consumer) for group in groups if group.structure == "heads"]
     values_of_heads = [None if own is None else list(own) for own in values] if any(values) else []
-    others = {VALUES: values_of_heads, HEADS: biased, EXPERTS_LEFT: counts(model), INEXACT: inexact}
+    others = {VALUES: values_of_heads, HEADS: biased, EXPERTS_LEFT: experts, INEXACT: inexact}
     return {"format": FORMAT, **sizes, **narrowed, **{name: value for name, value in others.items() if value}}
 
 
@@ -60,6 +63,7 @@ def write_record(model: nn.Module) -> None:
     config: Any = model.config
     record = describe(model)
     setattr(config, KEY, record)
+    _write_parts(model)
     names = family_of(model).per_layer_config
     if names:
         # transformers plans static caches from this; without the flag it refuses to read the dense sizes at all
@@ -69,6 +73,16 @@ def write_record(model: nn.Module) -> None:
         own = [(theirs, record[name]) for theirs, name in zip(names, SIZES, strict=True) if theirs]
         config.per_layer_config = {i: {name: sizes[i] for name, sizes in own} for i in range(config.num_hidden_layers)}
         _give_own_configs(find_groups(model))
+
+
+def _write_parts(model: Any) -> None:
+    """Into the config of each tower its part of the record, so that its own class loads it alone out of the whole."""
+    stacks, groups = find_stacks(model), find_groups(model)
+    for position, stack in enumerate(stacks):
+        shared = sum(other.config is stack.config for other in stacks) > 1
+        if stack.config is not model.config and not shared and not counts(model):
+            own = [group for group in groups if group.stack == position]
+            setattr(stack.config, KEY, _describe(own, stack.config, []))
 
 
 def replay(model: nn.Module) -> None:

@@ -8,7 +8,6 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from made import FEW
 from tiny import MIXTURES, ROWS, tiny
 from transformers import SiglipTextModel
 
@@ -20,7 +19,7 @@ from optimum_stat.few_values import narrow_values
 from optimum_stat.routers import counts, fewest, find_mixtures, keep_experts
 from optimum_stat.slicing import slice_model
 
-OFTEN = (*FEW, "clip", "qwen2_moe", "qwen3", "phi3")
+OFTEN = ("bert", "clip", "phi3", "qwen2_moe", "qwen3")
 
 
 def costs(model: Any) -> dict[str, int]:

@@ -10,16 +10,21 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import transformers
 from datasets import Audio, ClassLabel, Dataset, Features, Image, Value
 from PIL import Image as Picture
 from scipy.io import wavfile
 from tiny import PAD, data_of, outputs, tiny
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast, Wav2Vec2FeatureExtractor, WhisperFeatureExtractor
+from transformers import MODEL_MAPPING, AutoModel, PreTrainedTokenizerFast, Wav2Vec2FeatureExtractor, WhisperFeatureExtractor
 
 from optimum_stat import FisherConfig, FisherPruner, MovementConfig, MovementPruner, STATConfig, STATPruner
+from optimum_stat.comparison import sizes
 from optimum_stat.config import PruningConfig
+from optimum_stat.families import find_groups
 from optimum_stat.media import make_media_batches
+from optimum_stat.slicing import restored_on_error
+from optimum_stat.structure import write_record
 
 RATE = 16_000
 
@@ -186,3 +191,85 @@ def test_what_the_decoder_reads_is_its_own_label():
     pruner = FisherPruner.from_pretrained(model, FisherConfig(keep=0.8, labels="data"))
     pruner.prune(data_of("bart"))
     assert pruner.report.reached <= 0.8
+
+
+TOWERS: dict[str, tuple[str, str]] = {
+    "CLIPTextModel": ("clip", "text"),
+    "CLIPTextModelWithProjection": ("clip", "text"),
+    "CLIPVisionModel": ("clip", "vision"),
+    "CLIPVisionModelWithProjection": ("clip", "vision"),
+    "SiglipTextModel": ("siglip", "text"),
+    "SiglipVisionModel": ("siglip", "vision"),
+}
+"""Class -> whose tower it is, and what this reads."""
+EACH_TOWER = pytest.mark.parametrize("name", TOWERS)
+
+
+def read_by(name: str) -> list[dict[str, Any]]:
+    family, kind = TOWERS[name]
+    return [
+        {column: value for column, value in batch.items() if (column == "pixel_values") == (kind == "vision")}
+        for batch in data_of(family)
+    ]
+
+
+@EACH_TOWER
+def test_a_tower_out_of_a_dense_whole_is_pruned_and_loads_through_its_class(name: str, tmp_path: Path):
+    whole, kind = tiny(TOWERS[name][0]), getattr(transformers, name)
+    getattr(whole.config, f"{TOWERS[name][1]}_config").projection_dim = getattr(whole.config, "projection_dim", None)
+    whole.save_pretrained(tmp_path / "whole")
+    model = kind.from_pretrained(tmp_path / "whole")
+    dense = outputs(model, read_by(name)[0])
+    FisherPruner(model, FisherConfig(keep=0.6)).prune(read_by(name))
+    pruner = STATPruner(model, STATConfig(keep=0.5))
+    pruner.prune(read_by(name))
+    pruner.save_pretrained(tmp_path / "small")
+    wanted = outputs(model, read_by(name)[0])
+    assert not torch.equal(wanted, dense)
+    assert torch.equal(outputs(kind.from_pretrained(tmp_path / "small"), read_by(name)[0]), wanted)
+    again = STATPruner.from_pretrained(tmp_path / "small")
+    assert type(again.model) is kind
+    assert torch.equal(outputs(again.model, read_by(name)[0]), wanted)
+    if type(model.config) in MODEL_MAPPING:
+        found = AutoModel.from_pretrained(tmp_path / "small")
+        assert torch.equal(found(**read_by(name)[0]).last_hidden_state, model(**read_by(name)[0]).last_hidden_state)
+    else:  # transformers itself has no Auto class for it, but the remote code has
+        found = AutoModel.from_pretrained(tmp_path / "small", trust_remote_code=True)
+        assert torch.equal(outputs(found, read_by(name)[0]), wanted)
+
+
+@EACH_TOWER
+def test_a_tower_loads_alone_out_of_a_pruned_whole(name: str, tmp_path: Path):
+    family, reads = TOWERS[name]
+    whole = tiny(family)
+    getattr(whole.config, f"{reads}_config").projection_dim = getattr(whole.config, "projection_dim", None)
+    pruner = FisherPruner(whole, FisherConfig(keep=0.6))
+    pruner.prune(data_of(family))
+    pruner.save_pretrained(tmp_path)
+    assert torch.equal(outputs(type(whole).from_pretrained(tmp_path), data_of(family)[0]), outputs(whole, data_of(family)[0]))
+    tower, batch = getattr(transformers, name).from_pretrained(tmp_path), read_by(name)[0]
+    what = "text" if reads == "text" else "image"
+    wanted = getattr(whole, f"get_{what}_features")(**batch)
+    found = tower(**batch)
+    if name.endswith("Projection"):
+        assert torch.equal(found[f"{what}_embeds"], wanted.pooler_output)
+    else:
+        assert torch.equal(found.last_hidden_state, wanted.last_hidden_state)
+    own = [group.units for group in find_groups(whole) if (group.mask == "") == (reads == "vision")]
+    assert [group.units for group in find_groups(tower)] == own
+    assert sizes(str(tmp_path)).dense["neurons"] == [44] * 4  # without the parts of the record
+
+
+def test_an_error_takes_the_records_of_the_towers_back():
+    model = tiny("clip")
+    before = model.config.to_dict()
+
+    def fail() -> None:
+        with restored_on_error(model):
+            write_record(model)
+            assert model.config.to_dict()["text_config"]["stat_pruning"]["neurons"] == [44, 44]
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        fail()
+    assert model.config.to_dict() == before
