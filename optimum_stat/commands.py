@@ -156,9 +156,9 @@ class InspectCommand(Command):
     def work(self) -> Result:
         """Build both models without weights and compare their sizes."""
         check_model(self.args.model)
-        from . import comparison, dry_run
+        from . import dry_run, inspection
 
-        look = dry_run.dry_run if self.args.dry_run else comparison.sizes
+        look = dry_run.dry_run if self.args.dry_run else inspection.sizes
         found: Any = look(self.args.model, self.args.revision)
         return str(found), found.to_dict()
 

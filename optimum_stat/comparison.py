@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import gc
 import json
 import logging
@@ -12,22 +11,16 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
-import transformers
 from huggingface_hub import hf_hub_download, try_to_load_from_cache
-from transformers import MODEL_MAPPING, AutoConfig, AutoModel
 from transformers.utils.logging import tqdm
 
 from . import checkpoint
-from .budget import model_cost
 from .evaluation import Data, Measured, cosine, measure
 from .families import task_of
 from .rows import Rows
 from .speed import Speed, side_by_side
-from .structure import HIDDEN, KEY, SIZES, VALUES, describe
 
 logger = logging.getLogger(__name__)
-PER_LAYER = "per_layer_config"
 
 
 @dataclass(frozen=True)
@@ -169,63 +162,6 @@ def _recipe(model: str, revision: str | None) -> dict[str, Any]:
     except (OSError, ValueError):
         return {}
     return found if isinstance(found, dict) else {}
-
-
-@dataclass(frozen=True)
-class Sizes:
-    """What `sizes` found: the records of both models, and the parameters of their blocks."""
-
-    model: str
-    pruned: dict[str, Any]
-    dense: dict[str, Any]
-    block_params: tuple[int, int]
-    """Pruned, dense."""
-
-    def to_dict(self) -> dict[str, Any]:
-        """Everything, as plain JSON values."""
-        return {
-            "model": self.model,
-            "pruned": self.pruned,
-            "dense": self.dense,
-            "block_params": {"pruned": self.block_params[0], "dense": self.block_params[1]},
-        }
-
-    def __str__(self) -> str:
-        values = self.pruned.get(VALUES)
-        more = "" if values is None else "  values of each key/value head"
-        lines = [f"{'block':<8}{'heads':>14}{'key/value heads':>18}{'neurons':>18}{more}"]
-        for index in range(len(self.pruned["heads"])):
-            kept = [f"{self.pruned[name][index]:,} of {self.dense[name][index]:,}" for name in SIZES]
-            own = "" if values is None else "  " + (", ".join(map(str, values[index])) if values[index] else "all")
-            lines.append(f"{index:<8}{kept[0]:>14}{kept[1]:>18}{kept[2]:>18}{own}")
-        if HIDDEN in self.pruned:
-            lines.append(f"{self.pruned[HIDDEN]:,} dimensions are left of the residual stream")
-        pruned, dense = self.block_params
-        return "\n".join([*lines, f"{pruned:,} of {dense:,} parameters in the blocks ({pruned / dense:.1%})"])
-
-
-def sizes(model: str, revision: str | None = None) -> Sizes:
-    """The record of a pruned model, beside the sizes it had. Builds both on the meta device; reads no weights."""
-    config = AutoConfig.from_pretrained(model, revision=revision)
-    if getattr(config, KEY, None) is None:
-        raise ValueError(
-            f"config.json of {model} has no {KEY}: it was not pruned by optimum-stat. --dry-run shows what could be."
-        )
-    before: Any = copy.deepcopy(config)
-    for part in (before, *(getattr(before, name) for name in before.sub_configs)):
-        setattr(part, KEY, None)
-    if before.is_heterogeneous:
-        setattr(before, PER_LAYER, None)
-    pruned, dense = without_weights(config), without_weights(before)
-    params = tuple(model_cost(each, "params", 1) for each in (pruned, dense))
-    return Sizes(model, describe(pruned), describe(dense), (params[0], params[1]))
-
-
-def without_weights(config: Any) -> Any:
-    """The model that `config` describes, without a head, or with that of its class where no Auto class knows its base."""
-    own = getattr(transformers, (getattr(config, "architectures", None) or [""])[0], None)
-    with torch.device("meta"):
-        return AutoModel.from_config(config) if own is None or type(config) in MODEL_MAPPING else own(config)
 
 
 def _side(path: str, data: Data, task: str | None, device: Any, **kwargs: Any) -> tuple[Side, str]:

@@ -10,10 +10,10 @@ from typing import Any
 from transformers import AutoConfig
 
 from .budget import Cost, model_cost, options, unit_cost
-from .comparison import without_weights
 from .config import PruningConfig
 from .currency import Currency
 from .families import Group, find_groups
+from .inspection import without_weights
 from .routers import Mixture, find_mixtures
 from .trunk import smallest
 

@@ -8,14 +8,15 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from made import FEW, pruned
 from tiny import MIXTURES, ROWS, tiny
 from transformers import SiglipTextModel
 
 from optimum_stat.budget import model_cost
-from optimum_stat.comparison import without_weights
 from optimum_stat.dry_run import BUDGETS, SEQ_LEN, GroupCost, dry_run
 from optimum_stat.families import find_groups
 from optimum_stat.few_values import narrow_values
+from optimum_stat.inspection import sizes, without_weights
 from optimum_stat.routers import counts, fewest, find_mixtures, keep_experts
 from optimum_stat.slicing import slice_model
 
@@ -86,3 +87,17 @@ def test_what_no_auto_class_knows_is_built_by_its_own(tmp_path: Path):
     config.save_pretrained(tmp_path)
     model = SiglipTextModel(config)
     assert dry_run(str(tmp_path)).params == sum(p.numel() for p in model.encoder.layers.parameters())
+
+
+def test_the_sizes_of_every_kind_of_model_have_a_line_where_they_are(tmp_path: Path):
+    for family in FEW:
+        pruned(family).config.save_pretrained(tmp_path / family)
+    table = {family: [line.split() for line in str(sizes(str(tmp_path / family))).splitlines()[1:]] for family in FEW}
+    record = sizes(str(tmp_path / "t5")).pruned
+    assert [row[0] + ("+" if row[1] == "cross" else "") for row in table["t5"][:-1]] == ["0", "1", "2", "2+", "3", "3+"]
+    own = [[int(number) for number in row if number.isdigit()][1::2] for row in table["t5"][:-1] if row[1] != "cross"]
+    assert [numbers[2] for numbers in own] == record["neurons"]
+    record = sizes(str(tmp_path / "mixtral")).pruned
+    for block, row in enumerate(row for row in table["mixtral"] if row[1] == "experts"):
+        kept = record["neurons"][block], record["experts"][block]
+        assert row == f"{block} experts {kept[0]} of 48 in each of {kept[1]} of 4 experts".split()

@@ -78,6 +78,7 @@ LAYERS = (
         "family",
         "command_sweep",
         "dry_run",
+        "inspection",
         "run_plan",
         "run_work",
         "evaluation",

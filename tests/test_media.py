@@ -19,9 +19,9 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import MODEL_MAPPING, AutoModel, PreTrainedTokenizerFast, Wav2Vec2FeatureExtractor, WhisperFeatureExtractor
 
 from optimum_stat import FisherConfig, FisherPruner, MovementConfig, MovementPruner, STATConfig, STATPruner
-from optimum_stat.comparison import sizes
 from optimum_stat.config import PruningConfig
 from optimum_stat.families import find_groups
+from optimum_stat.inspection import sizes
 from optimum_stat.media import make_media_batches
 from optimum_stat.slicing import restored_on_error
 from optimum_stat.structure import write_record

@@ -1,0 +1,105 @@
+"""What is left of each block of a pruned model, from its config alone."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import transformers
+from transformers import MODEL_MAPPING, AutoConfig, AutoModel
+
+from .budget import model_cost
+from .families import find_groups
+from .routers import find_mixtures
+from .structure import EXPERTS_LEFT, HIDDEN, KEY, VALUES, describe
+
+PER_LAYER = "per_layer_config"
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """What `sizes` found: the records of both models, and the parameters of their blocks."""
+
+    model: str
+    pruned: dict[str, Any]
+    dense: dict[str, Any]
+    block_params: tuple[int, int]
+    """Pruned, dense."""
+    heads: tuple[str, ...]
+    """The groups whose sizes the records have, in their order."""
+    neurons: tuple[str, ...]
+    experts: tuple[str, ...]
+    """Those of `neurons` that some experts have."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything, as plain JSON values."""
+        return {
+            "model": self.model,
+            "pruned": self.pruned,
+            "dense": self.dense,
+            "block_params": {"pruned": self.block_params[0], "dense": self.block_params[1]},
+        }
+
+    def __str__(self) -> str:
+        more = "  values of each key/value head" if VALUES in self.pruned else ""
+        lines = [f"{'block':<12}{'heads':>14}{'key/value heads':>18}{'neurons':>18}{more}"]
+        rows: dict[tuple[int, str], list[str]] = {}
+        for at, column, text in self._entries():
+            rows.setdefault(at, [""] * 4)[column] = text
+        for (block, place), row in sorted(rows.items()):
+            lines.append(f"{f'{block} {place}':<12}{row[0]:>14}{row[1]:>18}{row[2]:>18}{row[3]}".rstrip())
+        if HIDDEN in self.pruned:
+            lines.append(f"{self.pruned[HIDDEN]:,} dimensions are left of the residual stream")
+        pruned, dense = self.block_params
+        return "\n".join([*lines, f"{pruned:,} of {dense:,} parameters in the blocks ({pruned / dense:.1%})"])
+
+    def _entries(self) -> Iterator[tuple[tuple[int, str], int, str]]:
+        """(block and, of the second of a kind in it, place; column; what stands there)."""
+        values = self.pruned.get(VALUES)
+        for index, name in enumerate(self.heads):
+            yield _row(name, "heads"), 0, self._kept("heads", index)
+            yield _row(name, "heads"), 1, self._kept("key_value_heads", index)
+            if values is not None:
+                yield _row(name, "heads"), 3, "  " + (", ".join(map(str, values[index])) if values[index] else "all")
+        for index, name in enumerate(self.neurons):
+            yield _row(name, "neurons"), 2, self._kept("neurons", index)
+        for index, name in enumerate(self.experts):
+            yield _row(name, "neurons"), 3, f"  in each of {self._kept(EXPERTS_LEFT, index)} experts"
+
+    def _kept(self, name: str, index: int) -> str:
+        return f"{self.pruned[name][index]:,} of {self.dense[name][index]:,}"
+
+
+def sizes(model: str, revision: str | None = None) -> Sizes:
+    """The record of a pruned model, beside the sizes it had. Builds both on the meta device; reads no weights."""
+    config = AutoConfig.from_pretrained(model, revision=revision)
+    if getattr(config, KEY, None) is None:
+        raise ValueError(
+            f"config.json of {model} has no {KEY}: it was not pruned by optimum-stat. --dry-run shows what could be."
+        )
+    before: Any = copy.deepcopy(config)
+    for part in (before, *(getattr(before, name) for name in before.sub_configs)):
+        setattr(part, KEY, None)
+    if before.is_heterogeneous:
+        setattr(before, PER_LAYER, None)
+    pruned, dense = without_weights(config), without_weights(before)
+    params = tuple(model_cost(each, "params", 1) for each in (pruned, dense))
+    groups, mixtures = find_groups(pruned), find_mixtures(pruned)
+    names = [tuple(group.name for group in groups if group.structure == structure) for structure in ("heads", "neurons")]
+    experts = tuple(mixture.name for mixture in mixtures)
+    return Sizes(model, describe(pruned), describe(dense), (params[0], params[1]), names[0], names[1], experts)
+
+
+def without_weights(config: Any) -> Any:
+    """The model that `config` describes, without a head, or with that of its class where no Auto class knows its base."""
+    own = getattr(transformers, (getattr(config, "architectures", None) or [""])[0], None)
+    with torch.device("meta"):
+        return AutoModel.from_config(config) if own is None or type(config) in MODEL_MAPPING else own(config)
+
+
+def _row(name: str, usual: str) -> tuple[int, str]:
+    block, _, place = name.partition(".")
+    return int(block), "" if place == usual else place
