@@ -166,16 +166,18 @@ def one_in_three(*axes: Iterable[Any]) -> list[Any]:
     ]
 
 
-def combinations(choices: Iterable[str], of_tokens_alone: Iterable[str] = (), of: Iterable[str] = ROWS) -> list[Any]:
-    """Parameters (choice, family) for every choice and family `of` these; marked "full" but for CORE, and one choice for each
-    other row.
+def combinations(
+    choices: Iterable[str], of_tokens_alone: Iterable[str] = (), of: Iterable[str] = ROWS, core: Iterable[str] = CORE
+) -> list[Any]:
+    """Parameters (choice, family) for every choice and family `of` these; marked "full" but for all of `core`, and one
+    choice for each other row.
 
     Choices `of_tokens_alone` are not combined with OTHERS.
     """
-    own, alone, families = list(choices), set(of_tokens_alone), tuple(of)
+    own, alone, families, in_all = list(choices), set(of_tokens_alone), tuple(of), set(core)
     able = {family: [choice for choice in own if family in SIZES or choice not in alone] for family in families}
     able |= {family: [choice for choice in able[family] if choice != "stat-paper"] for family in MIXTURES if family in able}
-    turns = {family: able[family][i % len(able[family])] for i, family in enumerate(f for f in families if f not in CORE)}
+    turns = {family: able[family][i % len(able[family])] for i, family in enumerate(f for f in families if f not in in_all)}
     return [
         pytest.param(choice, family, marks=[] if turns.get(family, choice) == choice else pytest.mark.full)
         for choice in own
