@@ -50,14 +50,17 @@ def equals_the_masked_dense_model(build: Build, family: str, folder: Path) -> No
     """Its weights, put where they came from in the dense model, and what is gone reading as zero: the same predictions."""
     assert build.method is not None
     model, dense, plan = build(), tiny(family), made_once(family, build.method).plan
+    paths = {module: path for path, module in dense.named_modules()}
     with torch.no_grad(), opened(model), opened(dense):
         for small, large in zip(find_groups(model), find_groups(dense), strict=True):
-            put_back(small, large, plan[large.name])
+            # not the small one's own list: of a single head that is left, a norm is as wide as one that all heads share
+            vectors = [getattr(model.get_submodule(paths[module]), name) for module, name in large.vectors]
+            put_back(small, vectors, large, plan[large.name])
     for batch in data_of(family)[:2]:
         torch.testing.assert_close(masked(dense, plan, batch), outputs(model, batch), atol=5e-4, rtol=1e-3)
 
 
-def put_back(small: Group, large: Group, keep: torch.Tensor) -> None:
+def put_back(small: Group, vectors: list[torch.Tensor], large: Group, keep: torch.Tensor) -> None:
     for own, other in zip(small.producers, large.producers, strict=True):
         out = len(weight(other.linear))
         rows = torch.cat([producer_rows(large, other, keep), torch.arange(out - other.fixed, out)]) if other.fixed < out else ...
@@ -71,11 +74,11 @@ def put_back(small: Group, large: Group, keep: torch.Tensor) -> None:
     weight(large.consumer)[:, consumer_columns(large, keep)] = weight(small.consumer)
     if large.consumer.bias is not None:
         large.consumer.bias.copy_(small.consumer.bias)
-    for (module, name), (other, _) in zip(small.vectors, large.vectors, strict=True):
-        value = getattr(module, name)
-        # its mean is over all heads' dimensions, of which fewer are left
-        value = value * (small.units / large.units) ** 0.5 if large.inexact else value
-        shares = getattr(other, name).view(large.units, -1, *value.shape[1:])
+    for value, (module, name) in zip(vectors, large.vectors, strict=True):
+        if large.inexact:  # its mean is over all heads' dimensions, of which fewer are left
+            value = value * (small.units / large.units) ** 0.5
+            module.variance_epsilon *= small.units / large.units
+        shares = getattr(module, name).view(large.units, -1, *value.shape[1:])
         shares[keep] = value.view(small.units, *shares.shape[1:])
 
 
