@@ -24,7 +24,7 @@ from measure import forward_seconds
 from results import Result, by_keep
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-from optimum_stat import FisherConfig, FisherPruner, Pruner, PruningConfig, STATConfig, STATPruner
+from optimum_stat import FisherConfig, FisherPruner, Pruner, PruningConfig, STATConfig, STATPruner, SurgeonConfig, SurgeonPruner
 from optimum_stat.config import STRUCTURES
 from optimum_stat.data import make_batches
 
@@ -36,6 +36,10 @@ RECIPES: dict[str, tuple[type[Pruner[Any]], Callable[..., PruningConfig]]] = {
     "stat, all structures": (STATPruner, lambda **asked: STATConfig(structures=STRUCTURES, **asked)),
     "stat, hidden alone": (STATPruner, lambda **asked: STATConfig(structures=("hidden",), **asked)),
     "stat, layers alone": (STATPruner, lambda **asked: STATConfig(structures=("layers",), **asked)),
+    "surgeon": (SurgeonPruner, SurgeonConfig),
+    # zeros in rows and columns, of all weights; nothing gets smaller
+    "surgeon, lines": (SurgeonPruner, lambda keep, budget: SurgeonConfig(keep=keep, structure="lines")),
+    "surgeon, hidden alone": (SurgeonPruner, lambda **asked: SurgeonConfig(structures=("hidden",), **asked)),
     "fisher": (FisherPruner, FisherConfig),
     "fisher, search": (FisherPruner, lambda **asked: FisherConfig(rearrange=False, tune=False, **asked)),
     "fisher, + rearrangement": (FisherPruner, lambda **asked: FisherConfig(tune=False, **asked)),
