@@ -68,6 +68,7 @@ RECIPES: dict[str, tuple[type[Pruner[Any]], Callable[..., PruningConfig]]] = {
 TRAINED = [recipe for recipe, (pruner, _) in RECIPES.items() if issubclass(pruner, TrainedPruner)]
 WITHOUT_TRAINING = [recipe for recipe in RECIPES if recipe not in TRAINED]
 TABLE = pytest.mark.parametrize(("recipe", "family"), combinations(RECIPES, TRAINED))
+ALL_WITH_TWO = pytest.mark.parametrize(("recipe", "family"), combinations(RECIPES, TRAINED, core=("bert", "llama")))
 EACH_RECIPE = pytest.mark.parametrize("recipe", RECIPES)
 HEADS = ("", "MaskedLM", "SequenceClassification", "TokenClassification", "QuestionAnswering")
 HEADS_OF = [("bert", head) for head in HEADS] + [("llama", head) for head in (*HEADS[:1], "CausalLM", *HEADS[2:])]
@@ -120,7 +121,7 @@ def test_within_the_budget_and_no_further_below_than_one_unit(recipe: str, famil
         assert all(group.kept % pruner.config.round_to == 0 for group in cut)
 
 
-@TABLE
+@ALL_WITH_TWO
 def test_the_same_run_gives_the_same_model(recipe: str, family: str):
     state = torch.random.get_rng_state()
     one, other = prune(recipe, family), prune(recipe, family)
@@ -175,7 +176,7 @@ def test_what_is_there_twice_is_removed_without_loss(recipe: str, family: str):
     assert (outputs(model, held_out) - wanted).square().mean() < share * wanted.var()
 
 
-@TABLE
+@ALL_WITH_TWO
 def test_saved_and_loaded_equals_in_memory(recipe: str, family: str, tmp_path):
     pruner = prune(recipe, family)
     pruner.save_pretrained(tmp_path / "pruned")
@@ -240,7 +241,7 @@ def precision():
     torch.set_float32_matmul_precision(before)
 
 
-@TABLE
+@ALL_WITH_TWO
 def test_nothing_is_left_behind(recipe: str, family: str):
     model = disturbed(family)
     before = marks(model)
@@ -253,7 +254,7 @@ class Interrupted(Exception):
     """Somebody pressed a key."""
 
 
-@TABLE
+@ALL_WITH_TWO
 def test_an_exception_leaves_the_model_as_it_was(recipe: str, family: str):
     """The last MLP's activation raises: in every forward pass of the run once, so every stage is interrupted."""
     dense, calls = tiny(family).state_dict(), 0
