@@ -17,11 +17,13 @@ TOKENS, WIDTH = 2048, 1024
 
 @dataclass(frozen=True)
 class Speeds:
-    """Multiply-adds in a second."""
+    """Multiply-adds in a second, if nothing else is said."""
 
     device: str
     forward: float
     """Of linear layers, in the model's dtype."""
+    element: float
+    """Elements of what stands between them: activation functions and the like, in the model's dtype."""
     gram: float
     """Of sums of products: single precision, added up in double."""
     factor: float
@@ -40,6 +42,7 @@ class Speeds:
         weight, total = rows[:WIDTH].clone(), torch.zeros_like(gram)
         half, own = rows.to(dtype), weight.to(dtype)
         products = _seconds(lambda: torch.nn.functional.linear(half, own), device)
+        between = _seconds(lambda: torch.nn.functional.silu(half) * half, device)
         sums = _seconds(lambda: add_to_gram(total, rows), device)
         solved = _seconds(lambda: solve_psd(damped(gram, 0.01), gram), device)
         wide = _seconds(lambda: backward_elimination(gram.float(), weight, 1, 0.01), device, repeats=1)
@@ -52,6 +55,7 @@ class Speeds:
         return cls(
             device=_name(device),
             forward=TOKENS * WIDTH**2 / products,
+            element=TOKENS * WIDTH / between,
             gram=0.58 * TOKENS * WIDTH**2 / sums,
             factor=(WIDTH**3 / 3 + WIDTH**3) / solved,
             elimination=1 / pace,

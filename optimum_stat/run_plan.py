@@ -133,7 +133,7 @@ def plan_run(
     where, sizes = device or torch.device("cpu"), compute_module_sizes(built)
     speeds = Speeds.measure(where, stored)
     work = Work(built, groups, kept, num_tokens, seq_len)
-    forward_seconds = work.forward / speeds.forward
+    forward_seconds = work.forward / work.pace(speeds)
     statistics = [[matrices(group) for group in groups if group.block == i] for i in range(len(blocks))]
     block_bytes = [stored.itemsize * sum(p.numel() for p in block.parameters()) for block in blocks]
     return RunPlan(

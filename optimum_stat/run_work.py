@@ -52,6 +52,19 @@ class Work:
         """One forward pass of the dense model over all data."""
         return self.head + sum(self._run(group, group.units) / self._opened(group) for group in self.groups)
 
+    def pace(self, speeds: Speeds) -> float:
+        """Multiply-adds of a forward pass in a second, with what stands between its linear layers.
+
+        Of a token: its columns once, four times the stream (norms, sums), and in attention three times the columns (rotations)
+        and every score.
+        """
+        elements = 0.0
+        for group in self.groups:
+            out, columns = weight(group.consumer).shape
+            scores = group.units * group.query_heads * self.seq_len
+            elements += 4 * out + columns / self._opened(group) + (0 if group.structure == "neurons" else 3 * columns + scores)
+        return self.forward / (self.forward / speeds.forward + self.num_tokens * elements / speeds.element)
+
     def stages(self, speeds: Speeds, metric: str) -> list[Stage]:
         """Everything that a run does, in its order, at these speeds."""
         blocks, found = sum(self._run(group, group.units) for group in self.groups), []
@@ -73,7 +86,8 @@ class Work:
         return [*found, self._stage("solving", solves, 0, speeds, speeds.factor)]
 
     def _stage(self, name: str, other: float, forward: float, speeds: Speeds, speed: float | None = None) -> Stage:
-        seconds = forward / speeds.forward + other / (speed or speeds.forward)
+        pace = self.pace(speeds)
+        seconds = forward / pace + other / (speed or pace)
         return Stage(name, other + forward, (other + forward) / self.forward, seconds)
 
     def _run(self, group: Group, units: int) -> float:

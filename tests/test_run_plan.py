@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +18,7 @@ from optimum_stat.device_speed import Speeds
 from optimum_stat.families import find_blocks
 from optimum_stat.run_plan import RunPlan, plan_run
 
-FAST = Speeds("a device", 1e9, 1e9, 1e9, 1e9, 0.0)
+FAST = Speeds("a device", forward=1e9, element=math.inf, gram=1e9, factor=1e9, elimination=1e9, unit=0.0)
 
 
 def planned(model: Any, folder: Path, **asked: Any) -> RunPlan:
@@ -85,6 +87,16 @@ def test_time_is_work_by_speed(tmp_path: Path) -> None:
         more = planned(tiny(family), tmp_path, metric="fisher")
         assert more.forwards == pytest.approx(found.forwards + 3)  # all tokens, as there are so few
         assert str(found.seconds)[:3] in str(found.to_dict()["seconds"])
+
+
+def test_what_stands_between_the_linears_takes_time_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = planned(tiny("llama"), tmp_path)
+    monkeypatch.setattr(Speeds, "measure", lambda device, dtype: dataclasses.replace(FAST, element=1e6))
+    slower = planned(tiny("llama"), tmp_path)
+    elements = 2 * (2 * 4 * 32 + 44 + 32 + 3 * 32 + 4 * 20)  # two blocks: stream twice, neurons, heads, rotations, scores
+    assert slower.forward_seconds - found.forward_seconds == pytest.approx(1000 * elements / 1e6)
+    assert slower.seconds > found.seconds
+    assert slower.forwards == found.forwards
 
 
 def test_what_does_not_fit_is_placed_elsewhere(tmp_path: Path) -> None:
