@@ -13,7 +13,7 @@ from .budget import Cost, model_cost, options, unit_cost
 from .config import PruningConfig
 from .currency import Currency
 from .families import Group, find_groups
-from .inspection import without_weights
+from .inspection import from_config_alone
 from .routers import Mixture, find_mixtures
 from .trunk import smallest
 
@@ -94,7 +94,7 @@ def dry_run(model: str, revision: str | None = None, round_to: int = PruningConf
         ValueError: it cannot be pruned; says what was found and what was not.
     """
     config = AutoConfig.from_pretrained(model, revision=revision)
-    built = without_weights(config)
+    built = from_config_alone(config)
     found, whole = find_groups(built), dict[str, str]()
     try:
         values = find_groups(built, ("values",))

@@ -85,7 +85,7 @@ def sizes(model: str, revision: str | None = None) -> Sizes:
         setattr(part, KEY, None)
     if before.is_heterogeneous:
         setattr(before, PER_LAYER, None)
-    pruned, dense = without_weights(config), without_weights(before)
+    pruned, dense = from_config_alone(config), from_config_alone(before)
     params = tuple(model_cost(each, "params", 1) for each in (pruned, dense))
     groups, mixtures = find_groups(pruned), find_mixtures(pruned)
     names = [tuple(group.name for group in groups if group.structure == structure) for structure in ("heads", "neurons")]
@@ -93,7 +93,7 @@ def sizes(model: str, revision: str | None = None) -> Sizes:
     return Sizes(model, describe(pruned), describe(dense), (params[0], params[1]), names[0], names[1], experts)
 
 
-def without_weights(config: Any) -> Any:
+def from_config_alone(config: Any) -> Any:
     """The model that `config` describes, without a head, or with that of its class where no Auto class knows its base."""
     own = getattr(transformers, (getattr(config, "architectures", None) or [""])[0], None)
     with torch.device("meta"):

@@ -16,7 +16,7 @@ from optimum_stat.budget import model_cost
 from optimum_stat.dry_run import BUDGETS, SEQ_LEN, GroupCost, dry_run
 from optimum_stat.families import find_groups
 from optimum_stat.few_values import narrow_values
-from optimum_stat.inspection import sizes, without_weights
+from optimum_stat.inspection import from_config_alone, sizes
 from optimum_stat.routers import counts, fewest, find_mixtures, keep_experts
 from optimum_stat.slicing import slice_model
 
@@ -50,10 +50,10 @@ def keep_values(model: Any, kept: dict[str, int]) -> None:
 def test_units_and_the_smallest_size_cost_what_models_that_are_cut_cost(family: str, tmp_path: Path):
     config = tiny(family).config
     config.save_pretrained(tmp_path)
-    found, dense = dry_run(str(tmp_path)), costs(without_weights(config))
+    found, dense = dry_run(str(tmp_path)), costs(from_config_alone(config))
     assert (found.params, found.macs) == (dense["params"], dense["macs"])
     for group in found.groups:
-        model = without_weights(config)
+        model = from_config_alone(config)
         drop_one(model, group)
         now = costs(model)
         saved = {budget: dense[budget] - now[budget] for budget in BUDGETS}
@@ -62,7 +62,7 @@ def test_units_and_the_smallest_size_cost_what_models_that_are_cut_cost(family: 
     assert ("experts" in structures) == ("experts" in found.smallest_with) == (family in MIXTURES)
     assert ("values" in structures) == ("values" in found.smallest_with) == ("values" not in found.whole)
     for also, shares in {"": found.smallest, **found.smallest_with}.items():
-        model = without_weights(config)
+        model = from_config_alone(config)
         if also == "experts":
             keep_experts(model, fewest(model))
         slice_model(model, {g.name: torch.arange(g.fewest) for g in found.groups if g.structure in ("heads", "neurons")})
