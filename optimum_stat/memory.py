@@ -10,7 +10,7 @@ import torch
 
 from .blocks import reads_tokens_alone, width_of_head
 from .families import Group, find_groups, is_causal, weight
-from .probes import device_of
+from .probes import caches_in, device_of
 
 
 @dataclass(frozen=True)
@@ -102,8 +102,8 @@ class Residents:
 @torch.no_grad()
 def _cache_of_one_token(model: Any) -> int:
     ids = torch.zeros(1, 1, dtype=torch.long, device=device_of(model))
-    cache = model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=True).get("past_key_values")
-    layers = cache.layers if cache is not None else ()
+    output = model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=True)
+    layers = [layer for cache in caches_in(output).values() for layer in cache.layers]
     return sum(each.numel() * each.element_size() for layer in layers for each in (layer.keys, layer.values))
 
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import Cache, PreTrainedModel
 
 from .data import Batches
 from .families import Group, task_of
@@ -139,6 +139,11 @@ def predictions(output: Any, mask: Tensor | None) -> list[Prediction]:
     value = output["logits"] if "logits" in output else output["last_hidden_state"]
     kind = "logits" if "logits" in output and value.shape[-1] > 1 else "values"
     return [Prediction(value, mask if value.dim() == 3 else None, kind)]
+
+
+def caches_in(values: Mapping[Any, Any]) -> dict[Any, Cache]:
+    """The caches in a model's output or inputs, which have one name there: `past_key_values`, since transformers 5.24 `cache`."""
+    return {name: value for name, value in values.items() if isinstance(value, Cache)}
 
 
 def real_rows(rows: Tensor, mask: Tensor | None) -> Tensor:

@@ -8,7 +8,7 @@ import inspect
 import platform
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +21,7 @@ from transformers import Cache
 from .blocks import reads_tokens_alone
 from .calls import Call, record_calls, replaced_forward
 from .families import Group, find_blocks, groups_of_block
-from .probes import device_of
+from .probes import caches_in, device_of
 from .slicing import slice_group
 
 Run = Callable[[], Any]
@@ -97,12 +97,11 @@ class Workload:
     def run_model(self) -> Run:
         """One forward pass of the model."""
         run, inputs = self._compiled(self.model), self._inputs
-        cache = inputs.get("past_key_values")
-        return _restoring(cache, lambda: run(**inputs))
+        return _restoring(_cache_in(inputs), lambda: run(**inputs))
 
     def calls(self) -> list[list[Call]]:
         """How the model calls each block."""
-        with _restored(self._inputs.get("past_key_values")):
+        with _restored(_cache_in(self._inputs)):
             return record_calls(self.model, self._inputs)[0]
 
     def run_block(self, index: int, call: Call, structure: str = "", size: int = 0) -> Run:
@@ -115,8 +114,7 @@ class Workload:
             kwargs = {name: _sliced(value, index, own, size) for name, value in kwargs.items()}
             slice_group(own, torch.arange(size))
         run = self._compiled(block)
-        cache = next((value for value in (*args, *kwargs.values()) if isinstance(value, Cache)), None)
-        return _restoring(cache, lambda: run(*args, **kwargs))
+        return _restoring(_cache_in(dict(enumerate(args)) | kwargs), lambda: run(*args, **kwargs))
 
     def forget(self, run: Run) -> None:
         """Read as much as a forward pass does between two runs of one block, so that this finds as little in the cache."""
@@ -125,7 +123,7 @@ class Workload:
     def run_without_blocks(self, calls: list[list[Call]]) -> Run:
         """One forward pass of the model, each of whose blocks returns what it reads."""
         args, kwargs = calls[0][0]
-        with torch.no_grad(), _restored(self._inputs.get("past_key_values")):
+        with torch.no_grad(), _restored(_cache_in(self._inputs)):
             returned = self.blocks[0](*args, **kwargs)
         count = len(returned) if isinstance(returned, tuple) else 0
 
@@ -133,7 +131,7 @@ class Workload:
             return (hidden_states, *[None] * (count - 1)) if count else hidden_states
 
         def run() -> Any:
-            with ExitStack() as stack, torch.no_grad(), _restored(self._inputs.get("past_key_values")):
+            with ExitStack() as stack, torch.no_grad(), _restored(_cache_in(self._inputs)):
                 for block in self.blocks:
                     stack.enter_context(replaced_forward(block, stub))
                 return self.model(**self._inputs)
@@ -156,14 +154,18 @@ class Workload:
         if setting.phase == "prefill":
             return inputs
         with torch.no_grad():
-            cache = self.model(**inputs, **self._cached()).get("past_key_values")
-        if not isinstance(cache, Cache):
+            caches = caches_in(self.model(**inputs, **self._cached()))
+        if not caches:
             raise ValueError(f"Decoding asked of {type(self.model).__name__}, which keeps no keys and values.")
         mask = torch.ones(setting.batch_size, setting.seq_len + 1, dtype=torch.long, device=self.device)
-        return {"input_ids": ids[:, :1], "attention_mask": mask, "past_key_values": cache, **self._cached()}
+        return {"input_ids": ids[:, :1], "attention_mask": mask, **caches, **self._cached()}
 
     def _cached(self) -> dict[str, bool]:
         return {"use_cache": True} if "use_cache" in inspect.signature(self.model.forward).parameters else {}
+
+
+def _cache_in(values: Mapping[Any, Any]) -> Cache | None:
+    return next(iter(caches_in(values).values()), None)
 
 
 @contextmanager

@@ -32,7 +32,7 @@ from optimum_stat.families import find_blocks, find_groups
 from optimum_stat.latency import LatencyTable
 from optimum_stat.latency_cache import latency_table
 from optimum_stat.latency_timing import measure_table
-from optimum_stat.probes import quiet
+from optimum_stat.probes import caches_in, quiet
 from optimum_stat.profiling import profile
 from optimum_stat.slicing import slice_model
 from optimum_stat.timing import Setting, Workload
@@ -466,7 +466,7 @@ def test_decoding_leaves_the_cache_as_it_was(family: str) -> None:
     model = tiny(family)
     with quiet(model):
         work = Workload(model, Setting.of(model, "decode", 2, 5))
-        cache = work._inputs["past_key_values"]
+        (cache,) = caches_in(work._inputs).values()
         before = [(layer.keys.clone(), layer.get_seq_length()) for layer in cache.layers]
         run, calls = work.run_model(), work.calls()
         for _ in range(2):

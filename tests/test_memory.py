@@ -12,6 +12,7 @@ from tiny import DECODERS, many, tiny
 from optimum_stat import FisherConfig, FisherPruner, MovementConfig, MovementPruner, STATConfig, STATPruner
 from optimum_stat.families import find_groups
 from optimum_stat.memory import Residents, weight_bytes
+from optimum_stat.probes import caches_in
 from optimum_stat.slicing import slice_model
 
 
@@ -19,7 +20,7 @@ from optimum_stat.slicing import slice_model
 def cached(model: Any, batch_size: int, seq_len: int) -> int:
     """Bytes of the cache that the model really makes."""
     ids = torch.randint(3, 60, (batch_size, seq_len))
-    cache = model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=True).past_key_values
+    (cache,) = caches_in(model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=True)).values()
     return sum(each.numel() * each.element_size() for layer in cache.layers for each in (layer.keys, layer.values))
 
 

@@ -11,6 +11,8 @@ from made import pruned
 from tiny import DECODERS, accepted, batches, checkpoint_activations, data_of, outputs, predicted
 from transformers import PreTrainedModel
 
+from optimum_stat.probes import caches_in
+
 DOZEN = (
     "bert",
     "roberta",
@@ -59,8 +61,8 @@ def cache_against_none(family: str, folder: Path) -> None:
     model, ids = pruned(family), batches((9, 9))[0]["input_ids"]
     model.config.use_cache = True
     whole = model(input_ids=ids).logits[:, -1]
-    cache = model(input_ids=ids[:, :-1], use_cache=True).past_key_values
-    torch.testing.assert_close(model(input_ids=ids[:, -1:], past_key_values=cache).logits[:, -1], whole, atol=2e-4, rtol=1e-4)
+    cache = caches_in(model(input_ids=ids[:, :-1], use_cache=True))
+    torch.testing.assert_close(model(input_ids=ids[:, -1:], **cache).logits[:, -1], whole, atol=2e-4, rtol=1e-4)
 
 
 def gradient_checkpointing(family: str, folder: Path) -> None:
