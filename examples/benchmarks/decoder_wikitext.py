@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from ablations import ABLATIONS
 from measure import forward_seconds, table
 from results import Result, by_keep
 
@@ -37,6 +38,7 @@ RECIPES: dict[str, tuple[Any, Callable[..., Any]]] = {
     "fisher": (FisherPruner, FisherConfig),
     # one pass over the windows, one at a time: as many tokens seen as the others have
     "vib, gates alone": (VIBPruner, lambda **asked: VIBConfig(masks_only=True, batch_size=1, **asked)),
+    **ABLATIONS,
 }
 
 

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from ablations import ABLATIONS
 from datasets import Dataset
 from glue import TASKS, Task, read, score
 from measure import forward_seconds
@@ -44,6 +45,7 @@ RECIPES: dict[str, tuple[type[Pruner[Any]], Callable[..., PruningConfig]]] = {
     "fisher, search": (FisherPruner, lambda **asked: FisherConfig(rearrange=False, tune=False, **asked)),
     "fisher, + rearrangement": (FisherPruner, lambda **asked: FisherConfig(tune=False, **asked)),
     "fisher, paper": (FisherPruner, FisherConfig.paper),
+    **ABLATIONS,
 }
 
 
