@@ -21,6 +21,7 @@ from .family_table import (
     NORM_BEFORE_CROSS,
     QUERY_KEY_VALUE,
 )
+from .few_pairs import FewPairs
 from .few_values import FewValues, OfFewValues
 
 
@@ -119,8 +120,8 @@ def weight(linear: nn.Module) -> Tensor:
 
 
 def outer_shape(linear: nn.Module) -> tuple[int, int]:
-    """(out, in) as seen from around a linear: with the value dimensions that are gone."""
-    if isinstance(linear, (FewValues, OfFewValues)):
+    """(out, in) as seen from around a linear: with the dimensions of heads that are gone."""
+    if isinstance(linear, (FewPairs, FewValues, OfFewValues)):
         return linear.out_features, linear.in_features
     out, read = weight(linear).shape
     return out, read

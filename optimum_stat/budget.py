@@ -38,7 +38,8 @@ class Ranking:
 def unit_cost(model: nn.Module, group: Group, budget: str, seq_len: Lengths) -> int:
     """What one unit of `group` costs.
 
-    "params": its rows of the producers with their biases, its columns of the consumer, its share of other parameters.
+    "params": its rows of the producers with their biases, its columns of the consumer (a pair has none), its share of other
+    parameters.
     "macs": multiply-adds for one example of `seq_len` tokens: the same matrices once per token (those that read relative
     positions too) and application of the block, and for heads the two
     attention products, `2 * context * head_dim` per query head and token, where `context` is the mean number of tokens
@@ -52,14 +53,19 @@ def unit_cost(model: nn.Module, group: Group, budget: str, seq_len: Lengths) -> 
 def _whole(group: Group, budget: str, seq_len: Lengths) -> int:
     """What all units of a group cost, which may be unequal where value dimensions have gone."""
     if budget == "params":
-        matrices = sum(_rows(p) * weight(p.linear).shape[1] for p in group.producers) + weight(group.consumer).numel()
+        matrices = sum(_rows(p) * weight(p.linear).shape[1] for p in group.producers) + _read(group)
         biases = sum(_rows(p) for p in group.producers if isinstance(p.linear.bias, Tensor))
         return matrices + biases + sum(getattr(module, name).numel() for module, name in group.vectors)
     products = sum(_rows(p) * weight(p.linear).shape[1] * length_of(seq_len, group, p.of_context) for p in group.producers)
-    products += weight(group.consumer).numel() * length_of(seq_len, group)
+    products += _read(group) * length_of(seq_len, group)
     products = products * group.active[0] // group.active[1]
     attended = attended_pairs(group, seq_len) if group.structure == "heads" else 0
     return group.applications * (products + 2 * group.units * group.width * attended)
+
+
+def _read(group: Group) -> int:
+    """Weights of the consumer that belong to units."""
+    return 0 if group.structure == "pairs" else weight(group.consumer).numel()
 
 
 def _rows(producer: Producer) -> int:
@@ -125,7 +131,7 @@ class Cost:
 def options(group: Group, round_to: int) -> list[int]:
     """The sizes `group` may end with: all units, or fewer that make its width a multiple of `round_to`; never 0.
 
-    Heads count one by one: their width is a matter of the dense model. Values also go by whole heads.
+    Heads count one by one: their width is a matter of the dense model. Values and pairs also go by whole heads.
     """
     if group.experts is not None:  # kernels for stacked weights want rows of a multiple of 16 bytes
         round_to = math.lcm(round_to, OF_EXPERTS)

@@ -90,7 +90,7 @@ def render(recipe: dict[str, Any], repo_id: str, paper: Paper, pictures: Sequenc
         layers=_layers(report["groups"]),
         trunk={group["name"]: group for group in report["groups"] if "." not in group["name"]},
         grouped=recipe["record"]["heads"] != recipe["record"]["key_value_heads"],
-        divided=any(group["name"].endswith("values") and group["kept"] < group["units"] for group in report["groups"]),
+        divided=_divided(report["groups"]),
         zeros=report.get("counts") == "weights",
         training=report.get("training"),
         passes=sum(value for name, value in recipe["config"].items() if name.endswith("_epochs")),
@@ -194,6 +194,12 @@ def _notes(groups: list[dict[str, Any]]) -> list[str]:
         if each.get("note") and each["kept"] < each["units"]
     }
     return sorted(found)
+
+
+def _divided(groups: list[dict[str, Any]]) -> list[str]:
+    """Of which dimensions heads have different numbers."""
+    lost = {group["name"].rpartition(".")[2] for group in groups if group["kept"] < group["units"]}
+    return [name for name in ("pairs", "values") if lost & {name, f"cross_{name}"}]
 
 
 def _layers(groups: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -23,6 +23,7 @@ from transformers import AutoConfig, AutoProcessor, AutoTokenizer, PreTrainedMod
 
 from . import card, remote_code
 from .blocks import find_blocks, modalities
+from .few_pairs import FewPairs
 from .few_values import OfFewValues
 from .offload import free_at_once, is_offloaded, reading_copies
 from .processes import Processes
@@ -88,9 +89,9 @@ def _source(path: str) -> str | None:
 
 def refuse_unprunable(model: nn.Module) -> None:
     """Raise if the weights are really quantized, so that they cannot be corrected, or if heads have been divided already."""
-    if any(isinstance(module, OfFewValues) for module in model.modules()):
+    if any(isinstance(module, (FewPairs, OfFewValues)) for module in model.modules()):
         raise ValueError(
-            "The heads of this model have lost single values, and what is left of them cannot be cut again: prune the dense "
+            "The heads of this model have lost single dimensions, and what is left of them cannot be cut again: prune the dense "
             "model to the size that you want."
         )
     if getattr(model, "is_quantized", False) or getattr(getattr(model, "config", None), "quantization_config", None):

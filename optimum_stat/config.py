@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, TypeVar
 
 BUDGETS = ("params", "macs", "memory", "latency")
-STRUCTURES = ("heads", "neurons", "values", "experts", "hidden", "layers")
+STRUCTURES = ("heads", "neurons", "pairs", "values", "experts", "hidden", "layers")
 PHASES = ("prefill", "decode")
 C = TypeVar("C", bound="PruningConfig")
 
@@ -58,7 +58,8 @@ class PruningConfig:
 
     structures: tuple[str, ...] = ("heads", "neurons")
     """What may go: "heads" (of key/value heads with the query heads that read them), "neurons" of the MLPs, "values" (single
-    dimensions of what heads hand on; only our loader can read the result), dimensions of the "hidden" states (the residual
+    dimensions of what heads hand on) and, beside these instead of heads, "pairs" (of query and key dimensions that a rotary
+    embedding turns together; only our loader can read the results), dimensions of the "hidden" states (the residual
     stream), whole "experts" with their rows of the router and whole "layers". Outside the blocks, only "hidden" changes
     anything."""
 
@@ -97,9 +98,15 @@ class PruningConfig:
         others = [name for name in self.structures if name not in ("heads", "neurons")]
         if others and self.budget == "latency":
             raise ValueError(f"{others[0]!r} asked under a latency budget, whose table has times of heads and neurons only.")
-        if "values" in self.structures and not self.divides_heads:
-            raise ValueError(f"'values' asked of {type(self).__name__}, whose heads go or stay whole; STAT can divide them.")
-
+        divided = [name for name in ("values", "pairs") if name in self.structures]
+        if divided and not self.divides_heads:
+            raise ValueError(
+                f"{divided[0]!r} asked of {type(self).__name__}, whose heads go or stay whole; STAT can divide them."
+            )
+        if {"heads", "pairs"} <= {*self.structures}:
+            raise ValueError(
+                "'heads' and 'pairs' asked together; pairs have a price only where heads stay: ask for neurons, pairs, values."
+            )
         if {"layers", "experts"} <= {*self.structures}:
             raise ValueError("'layers' and 'experts' asked together: ask for one of them, then prune the result for the other.")
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
 from .families import Group, weight
 from .linalg import add_to_gram, damped_diagonal, solve_psd, symmetrize
-from .slicing import consumer_columns, set_weight, slice_group
+from .slicing import consumer_columns, set_weight
 from .walk import BlockWalk
 
 
@@ -44,8 +46,8 @@ def corrected_consumer(
     return corrected, (bias + change[:, -1]).to(bias.dtype) if constant and isinstance(bias, Tensor) else None
 
 
-def slice_and_correct(walk: BlockWalk, group: Group, keep: Tensor, ridge: float) -> None:
-    """Keep only the units `keep` of a group whose other units change with that, and have the consumer absorb the change too.
+def cut_and_correct(walk: BlockWalk, group: Group, cut: Callable[[], None], ridge: float) -> None:
+    """`cut` a group whose other units change with that, and have the consumer absorb the change too.
 
     `W' = W_S + (G + ridge diag G)^-1 z_S^T (z W^T - z_S W_S^T)` with z what the consumer read before, z_S what it reads of the
     same tokens afterwards, and G = z_S^T z_S. What it made before is kept for all tokens meanwhile.
@@ -53,7 +55,7 @@ def slice_and_correct(walk: BlockWalk, group: Group, keep: Tensor, ridge: float)
     full = weight(group.consumer)
     wanted: list[Tensor] = []
     walk.run(group.block, [group], lambda _, z: wanted.append((z @ full.T.to(z)).cpu()))
-    slice_group(group, keep)
+    cut()
     small = weight(group.consumer)
     width, out = small.shape[1], len(small)
     sums = torch.zeros(width, width + out, dtype=torch.float64, device=small.device)

@@ -98,8 +98,9 @@ class Currency:
             what = f"{total / 1e6:.3f} ms for {self.table.setting}" if self.table else f"{total:,} {UNITS[self.budget]}"
             neurons = max((sizes[group.name][0] for group in groups if group.structure == "neurons"), default=0)
             fewest = {"heads": "one head", "neurons": f"{neurons} neurons"}
-            values = [sizes[group.name][0] for group in groups if group.structure == "values"]
-            fewest |= {"values": f"{max(values)} values"} if values else {}
+            for name in ("pairs", "values"):
+                own = [sizes[group.name][0] for group in groups if group.structure == name]
+                fewest |= {name: f"{max(own)} {name}"} if own else {}
             units = " and ".join(own if name in self.structures else f"all {name}" for name, own in fewest.items())
             raise ValueError(
                 f"keep={keep} of {what} asked, but {units} in every block "

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 from transformers import AutoConfig
@@ -96,16 +97,18 @@ def dry_run(model: str, revision: str | None = None, round_to: int = PruningConf
     config = AutoConfig.from_pretrained(model, revision=revision)
     built = from_config_alone(config)
     found, whole = find_groups(built), dict[str, str]()
-    try:
-        values = find_groups(built, ("values",))
-    except ValueError as error:
-        values, whole = [], {"values": str(error).partition(": ")[2]}
+    divided: dict[str, list[Group]] = {}
+    for name in ("pairs", "values"):
+        try:
+            divided[name] = find_groups(built, (name,))
+        except ValueError as error:
+            whole[name] = str(error).partition(": ")[2]
     mixtures = find_mixtures(built)
     if not mixtures and any(group.experts is not None for group in found):
         whole["experts"] = "their router is more than rows, and perhaps biases, of experts."
-    groups = [_cost(built, group, round_to, seq_len) for group in (*found, *values)]
+    groups = [_cost(built, group, round_to, seq_len) for group in chain(found, *divided.values())]
     total = {budget: model_cost(built, budget, seq_len) for budget in BUDGETS}
-    more = {"values": values, "experts": mixtures}
+    more: dict[str, Sequence[Any]] = {"values": divided.get("values", ()), "experts": mixtures}
     least = {name: _least(built, (*USUAL, name), round_to, seq_len) for name, own in more.items() if own}
     return DryRun(
         model,

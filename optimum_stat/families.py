@@ -5,7 +5,7 @@ The names stand in `family_table`, `anatomy` finds the modules.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection
 from dataclasses import replace
 from typing import Any
 
@@ -38,19 +38,21 @@ from .family_table import (
 )
 from .family_table import FAMILIES as FAMILIES
 from .family_table import TASK_OF_HEAD as TASK_OF_HEAD
-from .few_values import FewValues
 from .group import Group as Group
 from .group import HandedOn as HandedOn
 from .group import Producer as Producer
+from .head_dimensions import pairs_of as pairs_of
+from .head_dimensions import rotary_of, why_no_pairs, why_no_values, with_dimensions
+from .head_dimensions import values_of as values_of
 
 
 def find_groups(model: Any, structures: Collection[str] = ("heads", "neurons")) -> list[Group]:
     """Everything of these `structures` in the blocks of `model`, in the order of the forward pass.
 
-    "values" are dimensions that a key/value head hands to its query heads.
+    "values" are dimensions that a key/value head hands to its query heads, "pairs" those that rotary embeddings turn.
 
     Raises:
-        ValueError: the model is not built of parts with known names, or has no values that could go one by one; says what was
+        ValueError: the model is not built of parts with known names, or has no values or pairs that could go alone; says what was
             found and what was not.
     """
     found, first = list[Group](), 0
@@ -58,16 +60,11 @@ def find_groups(model: Any, structures: Collection[str] = ("heads", "neurons")) 
         for index, block in enumerate(stack.blocks):
             found += _groups(model, position, stack, index, block, first)
         first += len(stack.blocks)
-    if "values" in structures:
-        whole = [group for group in found if group.structure == "heads" and not values_of(group, found)]
-        if whole:
-            raise ValueError(f"'values' asked of {type(model).__name__}: {whole[0].name} {_why_whole(whole[0])}.")
+    for asked, of_heads, why in (("values", values_of, why_no_values), ("pairs", pairs_of, why_no_pairs)):
+        whole = [group for group in found if group.structure == "heads" and not of_heads(group, found)]
+        if asked in structures and whole:
+            raise ValueError(f"{asked!r} asked of {type(model).__name__}: {whole[0].name} {why(whole[0])}.")
     return [group for group in found if group.structure in structures]
-
-
-def values_of(heads: Group, groups: Iterable[Group]) -> Group | None:
-    """Of `groups`, that of the value dimensions of `heads`."""
-    return next((each for each in groups if each.structure == "values" and each.consumer is heads.consumer), None)
 
 
 def masks_of_linears(model: Any) -> dict[nn.Module, str]:
@@ -99,7 +96,7 @@ def _groups(model: Any, position: int, stack: Stack, index: int, block: nn.Modul
     makers = len(own) == 1 and len(heads) <= 1 + cross and len(neurons) <= 1 <= len(neurons) + len(experts)
     if not makers or not all(map(is_stacked, experts)):
         raise unknown(model, inventory(block))
-    groups = [group for each in heads for group in _with_values(_heads(model, stack, each))]
+    groups = [group for each in heads for group in with_dimensions(_heads(model, stack, each))]
     groups += [_neurons(family_of(model), stack, each, own[0].norm) for each in neurons]
     groups += [_in_experts(family_of(model), stack, block, each, own[0].norm) for each in experts]
     where: dict[str, Any] = {
@@ -164,40 +161,8 @@ def _heads(model: Any, stack: Stack, found: Attention) -> Group:
         handed_on=_handed_on(family, stack, found),
         context=0 if found.cross else None,
         inexact=over_heads,
+        rotary=rotary_of(found.module, config, width, family.interleaved),
     )
-
-
-def _with_values(heads: Group) -> Iterator[Group]:
-    """And, where there are some that can go one by one, their value dimensions."""
-    yield heads
-    if not _why_whole(heads):
-        made, width = heads.producers[-1], heads.width // heads.query_heads
-        yield replace(
-            heads,
-            name="cross_values" if heads.name == "cross" else "values",
-            structure="values",
-            producers=(made,),
-            units=heads.units * width,
-            head_width=width,
-            counts=(),
-            vectors=(),
-            biased=None,
-            handed_on=None,
-            inexact="",
-        )
-
-
-def _why_whole(heads: Group) -> str:
-    """Why dimensions of these heads cannot go one by one; empty if they can."""
-    made = heads.producers[-1].linear
-    if isinstance(made, FewValues):
-        return "has lost some already, and what is left of a head cannot be cut again"
-    if heads.shares_key_value:
-        return "has one key/value head for all query heads, of which each has its own share of the output"
-    if outer_shape(made) != (heads.units * heads.width // heads.query_heads, outer_shape(made)[1]):
-        return f"makes queries, keys and values in one {type(made).__name__}"
-    kinds = [type(each) for each in (made, heads.consumer)]
-    return "" if kinds == [nn.Linear] * 2 else f"is made of {' and '.join(kind.__name__ for kind in kinds)}, not of two Linear"
 
 
 def _neurons(family: Family, stack: Stack, found: Feed, norm: nn.Module | None) -> Group:

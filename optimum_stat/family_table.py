@@ -116,6 +116,8 @@ class Family:
     that makes it, the embedding that this looks up in, and the flag that it is there."""
     norm_first: bool | str = "do_layer_norm_before"
     """Whether the norms stand before attention and neurons, not behind, or the config's name for that, if it has it."""
+    interleaved: bool = False
+    """Whether rotary embeddings turn neighbouring dimensions, not those that stand half a head apart."""
     refused: tuple[str, str] | None = None
     """(attribute of the config, why): a model that has it set cannot be pruned."""
 
@@ -134,7 +136,7 @@ FAMILIES: dict[str, Family] = {
     "clip": Family(causal="text_model"),
     "clip_text_model": Family(causal=True),
     "clip_vision_model": _ENCODER,
-    "cohere": _DECODER,
+    "cohere": Family(per_layer_config=_LAYERS, interleaved=True),
     "deberta": Family(causal=False, fused="by head", refused=("talking_head", "its attention mixes the heads' probabilities")),
     "deberta-v2": _ENCODER,
     "dinov2": _ENCODER,
@@ -148,7 +150,7 @@ FAMILIES: dict[str, Family] = {
     "gemma": _DECODER,
     "gemma2": _DECODER,
     "gemma3_text": _DECODER,
-    "glm": _DECODER,
+    "glm": Family(per_layer_config=_LAYERS, interleaved=True),
     "gpt2": Family(causal=True, fused="stacked", per_layer_config=("num_attention_heads", "", "n_inner")),
     "gpt_neox": Family(fused="by head", per_layer_config=("num_attention_heads", "", "intermediate_size")),
     "gpt_oss": _MIXTURE,

@@ -65,10 +65,15 @@ def narrow_values(values: nn.Module, out: nn.Module, kept: Sequence[int]) -> Non
     seen = out.weight.detach()[:, read.to(out.weight.device)].contiguous()
     out.weight = nn.Parameter(seen, out.weight.requires_grad)
     for module, kind in ((values, FewValues), (out, OfFewValues)):
-        module.__class__ = kind  # in place: hooks, and whoever holds the module, stay
-        if "_old_forward" in module.__dict__:  # accelerate's hooks keep the forward that they call
-            module.__dict__["_old_forward"] = MethodType(kind.forward, module)
+        turn_into(module, kind)
         module.kept, module.head_width = tuple(kept), width  # type: ignore[assignment]
+
+
+def turn_into(module: nn.Module, kind: type[nn.Module]) -> None:
+    """Another class for a module, in place: hooks, and whoever holds the module, stay."""
+    module.__class__ = kind
+    if "_old_forward" in module.__dict__:  # accelerate's hooks keep the forward that they call
+        module.__dict__["_old_forward"] = MethodType(kind.forward, module)
 
 
 def kept_values(out: nn.Module) -> tuple[int, ...] | None:

@@ -51,7 +51,7 @@ def outputs_of(model: nn.Module, modules: Mapping[str, nn.Module], batches: Batc
     One forward and one backward pass over about 2,048 tokens. Call it inside `quiet(model)`.
     """
     totals: dict[str, Tensor] = {}
-    parts = _some_examples(batches)
+    parts = some_examples(batches)
     passes = Passes(model, parts, Loss(model, parts, seed, from_labels=False), batches.processes, "Gradients")
     masks, predicts = masks_of_linears(model), mask_of_output(model)
     num_tokens = {name: torch.zeros(1, dtype=torch.float64) for name in modules}
@@ -70,7 +70,7 @@ def outputs_of(model: nn.Module, modules: Mapping[str, nn.Module], batches: Batc
     return {name: Output(*(total / num_tokens[name])) for name, total in zip(modules, found, strict=True)}
 
 
-def _some_examples(batches: Batches) -> list[Part]:
+def some_examples(batches: Batches) -> list[Part]:
     """About FISHER_TOKENS tokens, spread evenly over the data."""
     parts = small_parts(batches)
     stride = max(1, batches.num_tokens // FISHER_TOKENS)

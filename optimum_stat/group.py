@@ -51,13 +51,14 @@ class Group:
 
     For heads, a unit is one key/value head with all query heads that read it, or, where the dense model has one key/value
     head for all, one query head; for neurons, one hidden unit; for values, one dimension of what one key/value head hands to
-    the query heads that read it, whose columns do not stand side by side.
+    the query heads that read it, whose columns do not stand side by side; for pairs, two dimensions of the queries and keys of
+    one key/value head that a rotary embedding turns together, which no column reads.
     """
 
-    name: str  # "3.heads", "3.neurons", "3.values", "3.cross" and "3.cross_values" for heads that read the encoder
+    name: str  # "3.heads", "3.neurons", "3.pairs", "3.values", "3.cross" and "3.cross_values" for heads that read the encoder
     block: int
     """Its number, counted on from one stack to the next."""
-    structure: str  # "heads" | "neurons" | "values"
+    structure: str  # "heads" | "neurons" | "pairs" | "values"
     producers: tuple[Producer, ...]
     consumer: nn.Module
     units: int
@@ -65,7 +66,9 @@ class Group:
     """What reads the residual stream to which the consumer's output is added."""
     counts: tuple[tuple[nn.Module, str, int], ...] = ()  # (module, integer attribute, what one unit adds to it)
     query_heads: int = 1  # query heads in one unit
-    head_width: int = 0  # of values: how many dimensions one head has
+    head_width: int = 0  # of values and pairs: how many of them one head has
+    rotary: Tensor | None = None
+    """The two dimensions of each pair of a head, where there are some that a rotary embedding turns: [pairs, 2]."""
     shares_key_value: bool = False  # one key/value head serves all units, and stays
     vectors: tuple[tuple[nn.Module, str], ...] = ()  # (module, name) of parameters with an equal share for each unit
     biased: tuple[nn.Module, tuple[str, ...]] | None = None

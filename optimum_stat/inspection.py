@@ -14,9 +14,11 @@ from transformers import MODEL_MAPPING, AutoConfig, AutoModel
 from .budget import model_cost
 from .families import find_groups
 from .routers import find_mixtures
-from .structure import EXPERTS_LEFT, HIDDEN, KEY, VALUES, describe
+from .structure import EXPERTS_LEFT, HIDDEN, KEY, PAIRS, VALUES, describe
 
 PER_LAYER = "per_layer_config"
+
+DIVIDED = {VALUES: "values of each key/value head", PAIRS: "pairs that each has lost"}
 
 
 @dataclass(frozen=True)
@@ -44,7 +46,7 @@ class Sizes:
         }
 
     def __str__(self) -> str:
-        more = "  values of each key/value head" if VALUES in self.pruned else ""
+        more = "".join(f"  {text}" for name, text in DIVIDED.items() if name in self.pruned)
         lines = [f"{'block':<12}{'heads':>14}{'key/value heads':>18}{'neurons':>18}{more}"]
         rows: dict[tuple[int, str], list[str]] = {}
         for at, column, text in self._entries():
@@ -58,16 +60,22 @@ class Sizes:
 
     def _entries(self) -> Iterator[tuple[tuple[int, str], int, str]]:
         """(block and, of the second of a kind in it, place; column; what stands there)."""
-        values = self.pruned.get(VALUES)
         for index, name in enumerate(self.heads):
             yield _row(name, "heads"), 0, self._kept("heads", index)
             yield _row(name, "heads"), 1, self._kept("key_value_heads", index)
-            if values is not None:
-                yield _row(name, "heads"), 3, "  " + (", ".join(map(str, values[index])) if values[index] else "all")
+            yield _row(name, "heads"), 3, "".join(f"  {self._of_each_head(own, index)}" for own in DIVIDED if own in self.pruned)
         for index, name in enumerate(self.neurons):
             yield _row(name, "neurons"), 2, self._kept("neurons", index)
         for index, name in enumerate(self.experts):
             yield _row(name, "neurons"), 3, f"  in each of {self._kept(EXPERTS_LEFT, index)} experts"
+
+    def _of_each_head(self, name: str, index: int) -> str:
+        own = self.pruned[name][index]
+        if own is None:
+            text = "all" if name == VALUES else "none"
+        else:
+            text = ", ".join(str(each if name == VALUES else len(each)) for each in own)
+        return f"{text:<{len(DIVIDED[name])}}"
 
     def _kept(self, name: str, index: int) -> str:
         return f"{self.pruned[name][index]:,} of {self.dense[name][index]:,}"

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from .experts import is_open, slice_stacked
 from .families import Group, HandedOn, Producer, find_blocks, find_groups, weight
+from .few_pairs import gone_pairs
 from .few_values import kept_values
 from .offload import brought_in
 
@@ -40,8 +41,8 @@ def slice_group(group: Group, keep: Tensor) -> None:
         return
     if len(keep) == 0 or int(keep.max()) >= group.units:
         raise ValueError(f"{group.name} has units 0 to {group.units - 1}; the plan keeps {keep.tolist()}.")
-    if kept_values(group.consumer) is not None:
-        raise ValueError(f"{group.name} has fewer value dimensions in some heads than in others, and cannot be cut any more.")
+    if kept_values(group.consumer) is not None or any(gone_pairs(producer.linear) for producer in group.producers):
+        raise ValueError(f"{group.name} has fewer dimensions in some heads than in others, and cannot be cut any more.")
     if group.handed_on is not None:
         own_biases(group.handed_on)
     if group.experts is not None and not is_open(group.experts):

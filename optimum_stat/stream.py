@@ -14,6 +14,7 @@ from .anatomy import at, attentions, is_linear
 from .experts import set_aside
 from .families import Group, applications_of, find_blocks, find_groups, weight
 from .family_table import LAYER_INDEX, PER_HEAD
+from .few_pairs import FewPairs
 from .few_values import FewValues, OfFewValues
 
 Axis = tuple[nn.Module, str, int]
@@ -221,7 +222,7 @@ def _sites(groups: list[Group]) -> Iterator[tuple[Group, ...]]:
 def _bring_along(module: nn.Module) -> None:
     """The integers that say how large a module's parameters are."""
     value: Any = module.weight
-    if isinstance(module, FewValues):
+    if isinstance(module, (FewPairs, FewValues)):
         module.in_features = value.shape[1]
     elif isinstance(module, OfFewValues):
         module.out_features = value.shape[0]

@@ -15,7 +15,9 @@ from torch import nn
 
 from .blocks import find_stacks, width_of_head
 from .families import Group, family_of, find_groups, weight
+from .few_pairs import narrow_pairs
 from .few_values import kept_values, narrow_values
+from .head_dimensions import pairs_gone, queries_and_keys
 from .routers import counts, find_mixtures, keep_experts
 from .slicing import keep_heads, kept_heads, set_count, slice_group
 from .stream import narrow
@@ -27,12 +29,13 @@ HIDDEN = "hidden"  # dimensions of the residual stream: only where some went
 EXPERTS_LEFT = "experts"  # block by block, where there are some
 INEXACT = "inexact"  # groups whose units change with each of them that goes; for the reader
 VALUES = "values"  # dimensions of each key/value head's values, attention by attention (null: all): only where some went
+PAIRS = "gone_pairs"  # which pairs of each key/value head's queries and keys, attention by attention (null: none)
 HEADS = "kept_heads"  # which ones, block by block: only where a bias that is made for all blocks has a share for each
 
 
 def describe(model: Any) -> dict[str, Any]:
-    """The record: a format number and, block by block, query heads, key/value heads and neurons; and the value dimensions of
-    each key/value head, if not every head has as many as the dense model's.
+    """The record: a format number and, block by block, query heads, key/value heads and neurons; and, of each key/value head, the
+    number of its value dimensions and the pairs of its queries and keys that are gone, if not every head is whole.
 
     With the width of the residual stream, if it is not `config.hidden_size`. Dropped blocks need no record: the config has
     as many layers as are left.
@@ -54,7 +57,9 @@ def _describe(groups: list[Group], config: Any, experts: list[int]) -> dict[str,
     inexact = [group.name for group in groups if group.inexact]
     values = [kept_values(group.consumer) for group in groups if group.structure == "heads"]
     values_of_heads = [None if own is None else list(own) for own in values] if any(values) else []
-    others = {VALUES: values_of_heads, HEADS: biased, EXPERTS_LEFT: experts, INEXACT: inexact}
+    pairs = [pairs_gone(group) for group in groups if group.structure == "heads"]
+    pairs_of_heads = [None if own is None else [list(gone) for gone in own] for own in pairs] if any(pairs) else []
+    others = {VALUES: values_of_heads, PAIRS: pairs_of_heads, HEADS: biased, EXPERTS_LEFT: experts, INEXACT: inexact}
     return {"format": FORMAT, **sizes, **narrowed, **{name: value for name, value in others.items() if value}}
 
 
@@ -118,7 +123,7 @@ def replay(model: nn.Module) -> None:
     for group, size in zip(by_structure["neurons"], record["neurons"], strict=True):
         _cut(group, size)
     _check_heads(find_groups(model), record)
-    _narrow_values([group for group in find_groups(model) if group.structure == "heads"], record)
+    _divide_heads([group for group in find_groups(model) if group.structure == "heads"], record)
     _give_own_configs(find_groups(model))
 
 
@@ -149,7 +154,7 @@ def _own_part(model: Any, record: dict[str, Any], groups: list[Group]) -> dict[s
         return record
     decoder, heads = any(group.context is not None for group in groups), [g for g in groups if g.structure == "heads"]
     counts = dict.fromkeys(SIZES, len(heads)) | {"neurons": len(groups) - len(heads)}
-    counts[VALUES] = len(heads)
+    counts |= {VALUES: len(heads), PAIRS: len(heads)}
     counts[HEADS] = sum(group.biased is not None for group in groups)
     own = {name: record[name][-count:] if decoder else record[name][:count] for name, count in counts.items() if name in record}
     return {**record, **own}
@@ -162,7 +167,7 @@ def _check_form(record: Any) -> None:
             f"{KEY} in config.json has format {found!r}; this optimum-stat reads format {FORMAT}. "
             "A newer optimum-stat may know it: pip install -U optimum-stat."
         )
-    unknown = sorted(record.keys() - {"format", *SIZES, VALUES, HIDDEN, HEADS, EXPERTS_LEFT, INEXACT})
+    unknown = sorted(record.keys() - {"format", *SIZES, VALUES, PAIRS, HIDDEN, HEADS, EXPERTS_LEFT, INEXACT})
     if unknown:
         raise ValueError(f"{KEY} in config.json holds {', '.join(unknown)}, which format {FORMAT} does not have.")
     for name in SIZES:
@@ -203,26 +208,48 @@ def _cut(group: Group, size: int) -> None:
     slice_group(group, torch.arange(size, device="cpu"))
 
 
-def _narrow_values(groups: list[Group], record: dict[str, Any]) -> None:
-    every = record.get(VALUES)
-    if every is None:
-        return
+def _divide_heads(groups: list[Group], record: dict[str, Any]) -> None:
+    for name, narrow_one in ((PAIRS, _narrow_pairs), (VALUES, _narrow_values)):
+        for group, own in zip(groups, _of_attentions(name, record, groups), strict=True):
+            narrow_one(group, own)
+
+
+def _of_attentions(name: str, record: dict[str, Any], groups: list[Group]) -> list[Any]:
+    """What the record says of each attention."""
+    every = record.get(name, [None] * len(groups))
     if not isinstance(every, list) or len(every) != len(groups):
         raise ValueError(
-            f"{KEY} in config.json records {VALUES} as {every!r}; it must be a list, one entry for each of the {len(groups)} "
+            f"{KEY} in config.json records {name} as {every!r}; it must be a list, one entry for each of the {len(groups)} "
             "blocks' attentions. Was config.json edited, or is it another model's?"
         )
-    for group, kept in zip(groups, every, strict=True):
-        if kept is None or kept == list(kept_values(group.consumer) or ()):
-            continue
-        width, heads = group.width // group.query_heads, group.key_value_heads
-        listed = isinstance(kept, list) and len(kept) == heads and all(type(each) is int for each in kept)
-        if not listed or not all(0 <= each <= width for each in kept) or not any(kept):
-            raise ValueError(
-                f"{KEY} in config.json records {kept!r} values for {group.name}; it must be a list of {heads} whole numbers "
-                f"from 0 to {width}. Was config.json edited, or is it another model's?"
-            )
-        narrow_values(group.producers[-1].linear, group.consumer, kept)
+    return every
+
+
+def _narrow_values(group: Group, kept: Any) -> None:
+    if kept is None or kept == list(kept_values(group.consumer) or ()):
+        return
+    width, heads = group.width // group.query_heads, group.key_value_heads
+    listed = isinstance(kept, list) and len(kept) == heads and all(type(each) is int for each in kept)
+    if not listed or not all(0 <= each <= width for each in kept) or not any(kept):
+        raise ValueError(
+            f"{KEY} in config.json records {kept!r} values for {group.name}; it must be a list of {heads} whole numbers "
+            f"from 0 to {width}. Was config.json edited, or is it another model's?"
+        )
+    narrow_values(group.producers[-1].linear, group.consumer, kept)
+
+
+def _narrow_pairs(group: Group, gone: Any) -> None:
+    if gone is None or gone == [list(each) for each in pairs_gone(group) or ()]:
+        return
+    pairs, heads = range(0 if group.rotary is None else len(group.rotary)), group.key_value_heads
+    if not isinstance(gone, list) or len(gone) != heads or not all(_names(pairs, each, None) for each in gone):
+        raise ValueError(
+            f"{KEY} in config.json records {gone!r} as the pairs that {group.name} has lost; it must be a list of {heads} lists, "
+            f"each of different numbers below {len(pairs)}. Was config.json edited, or is it another model's?"
+        )
+    if group.rotary is not None:
+        queries, keys = queries_and_keys(group)
+        narrow_pairs(queries, keys, gone, group.rotary)
 
 
 def _give_own_configs(groups: list[Group]) -> None:
@@ -246,9 +273,10 @@ def _check_kept_heads(model: nn.Module, groups: list[Group], record: dict[str, A
         raise ValueError(f"{KEY} in config.json records {HEADS} as {lists!r}; for this model it {need}.")
 
 
-def _names(dense: range, heads: Any, count: int) -> bool:
-    own = isinstance(heads, list) and all(type(each) is int and each in dense for each in heads)
-    return own and len(set(heads)) == len(heads) == count
+def _names(dense: range, own: Any, count: int | None) -> bool:
+    """Whether it lists `count` different ones of them."""
+    listed = isinstance(own, list) and all(type(each) is int and each in dense for each in own)
+    return listed and len(set(own)) == len(own) and count in (None, len(own))
 
 
 def _check_heads(groups: list[Group], record: dict[str, Any]) -> None:

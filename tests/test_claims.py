@@ -140,6 +140,7 @@ def test_error_curves_are_least_squares_residuals_for_every_size(family: str, me
         stream = [_inverse_energy(model, block, items) for block in find_blocks(model)]
     for group in groups:
         z, order, error = _seen(model, group.consumer, items), ranking.order[group.name], ranking.error[group.name]
+        z = z if group.consumer.bias is None else z - z.mean(0)  # a bias makes up for what does not vary
         z = torch.cat([z, ridge**0.5 * torch.diag(z.norm(dim=0))])  # the ridge, as rows
         worth = fisher[group.name] if metric == "fisher" else torch.full((32,), stream[group.block]).double()
         target = z @ weight(group.consumer).T * worth.sqrt()
@@ -189,7 +190,14 @@ def test_corrections_are_least_squares_on_the_already_pruned_network(family: str
         columns, z, w = _columns(group, kept), _seen(dense, group.consumer, items), weight(group.consumer)
         if len(kept) < group.units:
             pruned_some.add(group.structure)
-            _rewrite(group, columns, _solved(z, w, columns, ridge))
+            if group.consumer.bias is not None:  # the weight of one more input, which is always one
+                z, w = torch.cat([z, z.new_ones(len(z), 1)], 1), torch.cat([w, w.new_zeros(len(w), 1)], 1)
+                solved = _solved(z, w, [*columns, w.shape[1] - 1], ridge)
+                group.consumer.bias.data += solved[:, -1]
+                _rewrite(group, columns, solved[:, :-1])
+            else:
+                _rewrite(group, columns, _solved(z, w, columns, ridge))
+        torch.testing.assert_close(after.consumer.bias, group.consumer.bias, rtol=1e-6, atol=1e-7)
         torch.testing.assert_close(weight(after.consumer), weight(group.consumer)[:, columns], rtol=1e-6, atol=1e-7)
     assert pruned_some == {"heads", "neurons"}
     torch.testing.assert_close(outputs(small, items[0]), outputs(dense, items[0]), rtol=1e-5, atol=1e-5)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from optimum_stat import STATConfig, STATPruner
 from optimum_stat.config import PruningConfig
-from optimum_stat.correction import corrected_consumer, slice_and_correct
+from optimum_stat.correction import corrected_consumer, cut_and_correct
 from optimum_stat.data import make_batches
 from optimum_stat.families import Group, find_groups, weight
 from optimum_stat.probes import quiet
@@ -36,7 +36,7 @@ def test_where_units_change_each_other_the_correction_is_fitted_to_what_is_read_
     with quiet(model):
         walk = walk_of(model)
         wanted = seen(walk, group) @ weight(group.consumer).double().T
-        slice_and_correct(walk, group, keep, ridge=0.0)
+        cut_and_correct(walk, group, lambda: slice_group(group, keep), ridge=0.0)
         read = seen(walk, group)
     found = weight(group.consumer).double()
     torch.testing.assert_close(found.T, torch.linalg.lstsq(read, wanted).solution, atol=1e-4, rtol=1e-3)

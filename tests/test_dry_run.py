@@ -17,6 +17,7 @@ from optimum_stat.dry_run import BUDGETS, SEQ_LEN, GroupCost, dry_run
 from optimum_stat.families import find_groups
 from optimum_stat.few_values import narrow_values
 from optimum_stat.inspection import from_config_alone, sizes
+from optimum_stat.methods.stat_pairs import lose_pairs
 from optimum_stat.routers import counts, fewest, find_mixtures, keep_experts
 from optimum_stat.slicing import slice_model
 
@@ -32,6 +33,9 @@ def drop_one(model: Any, group: GroupCost) -> None:
         mixtures = find_mixtures(model)
         first = sum(each.units for each in mixtures[: [each.name for each in mixtures].index(group.name)])
         keep_experts(model, torch.tensor([i for i in range(sum(counts(model))) if i != first]))
+    elif group.structure == "pairs":
+        (own,) = (each for each in find_groups(model, ("pairs",)) if each.name == group.name)
+        lose_pairs(own, torch.arange(1, own.units))
     elif group.structure == "values":
         keep_values(model, {group.name: group.units - 1})
     else:
@@ -60,6 +64,7 @@ def test_units_and_the_smallest_size_cost_what_models_that_are_cut_cost(family: 
         assert saved == {budget: getattr(group, budget) for budget in BUDGETS}, group
     structures = {group.structure for group in found.groups}
     assert ("experts" in structures) == ("experts" in found.smallest_with) == (family in MIXTURES)
+    assert ("pairs" in structures) == ("pairs" not in found.whole)
     assert ("values" in structures) == ("values" in found.smallest_with) == ("values" not in found.whole)
     for also, shares in {"": found.smallest, **found.smallest_with}.items():
         model = from_config_alone(config)

@@ -19,8 +19,10 @@ PACKAGE = Path(optimum_stat.__file__).parent
 LAYERS = (
     {"linalg", "family_table", "few_values", "config", "autoload", "processes", "activations", "progress"},
     {"experts", "offload"},
+    {"few_pairs"},
     {"anatomy", "journal"},
     {"blocks", "group"},
+    {"head_dimensions"},
     {"families"},
     {"teacher_losses", "labels", "trained_config"},
     {

@@ -208,7 +208,7 @@ def test_within_the_budget_and_the_model_loads_again(family: str, asked: dict[st
     loaded = type(model).from_pretrained(tmp_path / "small")
     assert all(torch.equal(outputs(loaded, batch), outputs(model, batch)) for batch in data_of(family))
     card = (tmp_path / "small" / "README.md").read_text()
-    assert "each head has its own number of them" in card
+    assert "Each head has its own number of them" in card
     assert "| values kept |" in card
 
 
@@ -333,10 +333,10 @@ def test_divided_heads_cannot_be_cut_again():
     pruner = pruner_for("llama")
     model = pruner.prune(many())
     for again in (lambda: pruner.prune(many()), lambda: STATPruner.from_pretrained(model, STATConfig())):
-        with pytest.raises(ValueError, match="have lost single values, and what is left of them cannot be cut again"):
+        with pytest.raises(ValueError, match="have lost single dimensions, and what is left of them cannot be cut again"):
             again()
     group = next(group for group in find_groups(model) if isinstance(group.consumer, OfFewValues) and group.units > 1)
-    with pytest.raises(ValueError, match=r"heads has fewer value dimensions in some heads"):
+    with pytest.raises(ValueError, match=r"heads has fewer dimensions in some heads"):
         slice_group(group, torch.tensor([0]))
     slice_model(model, {group.name: torch.arange(group.units)})
 

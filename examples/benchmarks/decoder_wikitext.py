@@ -23,7 +23,6 @@ from measure import forward_seconds, table
 from results import Result, by_keep
 
 from optimum_stat import FisherConfig, FisherPruner, STATConfig, STATPruner, VIBConfig, VIBPruner
-from optimum_stat.config import STRUCTURES
 
 SEQ_LEN = 512
 VALUES = ("heads", "neurons", "values")
@@ -34,7 +33,9 @@ RECIPES: dict[str, tuple[Any, Callable[..., Any]]] = {
     "stat, distilled 3 times": (STATPruner, lambda **asked: STATConfig(distill_epochs=3, **asked)),
     "stat, values": (STATPruner, lambda **asked: STATConfig(structures=VALUES, **asked)),
     "stat, values, distilled": (STATPruner, lambda **asked: STATConfig(structures=VALUES, distill_epochs=1, **asked)),
-    "stat, all structures": (STATPruner, lambda **asked: STATConfig(structures=STRUCTURES, **asked)),
+    "stat, neurons alone": (STATPruner, lambda **asked: STATConfig(structures=("neurons",), **asked)),
+    "stat, pairs": (STATPruner, lambda **asked: STATConfig(structures=("neurons", "pairs"), **asked)),
+    "stat, pairs and values": (STATPruner, lambda **asked: STATConfig(structures=("neurons", "pairs", "values"), **asked)),
     "fisher": (FisherPruner, FisherConfig),
     # one pass over the windows, one at a time: as many tokens seen as the others have
     "vib, gates alone": (VIBPruner, lambda **asked: VIBConfig(masks_only=True, batch_size=1, **asked)),

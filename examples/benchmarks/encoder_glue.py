@@ -26,15 +26,15 @@ from results import Result, by_keep
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from optimum_stat import FisherConfig, FisherPruner, Pruner, PruningConfig, STATConfig, STATPruner, SurgeonConfig, SurgeonPruner
-from optimum_stat.config import STRUCTURES
 from optimum_stat.data import make_batches
 
+TRUNK_TOO = ("heads", "neurons", "hidden", "layers")
 RECIPES: dict[str, tuple[type[Pruner[Any]], Callable[..., PruningConfig]]] = {
     "stat": (STATPruner, STATConfig),
     "stat, gradient-free": (STATPruner, lambda **asked: STATConfig(metric="stream", **asked)),
     "stat, paper": (STATPruner, STATConfig.paper),
     "stat, values": (STATPruner, lambda **asked: STATConfig(structures=("heads", "neurons", "values"), **asked)),
-    "stat, all structures": (STATPruner, lambda **asked: STATConfig(structures=STRUCTURES, **asked)),
+    "stat, all structures": (STATPruner, lambda **asked: STATConfig(structures=TRUNK_TOO, **asked)),
     "stat, hidden alone": (STATPruner, lambda **asked: STATConfig(structures=("hidden",), **asked)),
     "stat, layers alone": (STATPruner, lambda **asked: STATConfig(structures=("layers",), **asked)),
     "surgeon": (SurgeonPruner, SurgeonConfig),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import ClassVar, final
 
 import torch
@@ -13,22 +14,23 @@ from torch import Tensor
 from ..budget import Ranking
 from ..card import Paper
 from ..config import PruningConfig
-from ..correction import corrected_consumer, slice_and_correct
+from ..correction import corrected_consumer, cut_and_correct, set_bias
 from ..currency import Currency
 from ..data import Batches
 from ..families import Group, find_blocks, groups_of_block, weight
 from ..gradients import output_fisher
-from ..linalg import add_to_gram, backward_elimination, symmetrize
+from ..linalg import backward_elimination
 from ..probes import num_predictions
 from ..pruner import Pruner
 from ..slicing import Plan, set_weight, slice_group
 from ..walk import BlockWalk
 from . import stat_published
-from .stat_experts import add_to_grams, corrected_experts, rank_in_experts
+from .stat_experts import corrected_experts, rank_in_experts
+from .stat_inputs import OVERFLOW, inputs_of
+from .stat_pairs import lose_pairs, rank_pairs, worth_of_pairs
 from .stat_values import ValuesRanking, allocate_values, divide, rank_values
 
 METRICS = ("stream", "fisher")
-OVERFLOW = "Does the model overflow in its dtype? Try dtype=torch.float32 or torch.bfloat16."
 
 
 @dataclass(frozen=True)
@@ -54,8 +56,14 @@ class STATConfig(PruningConfig):
             raise ValueError(f"metric={self.metric!r} asked; it must be one of {', '.join(map(repr, METRICS))}.")
         if self.published:
             self.refuse_trunk("the published algorithm")
-        if self.published and "values" in self.structures:
-            raise ValueError("'values' asked of the published algorithm, whose heads go or stay whole: use STATConfig().")
+        if self.published and (divided := {"values", "pairs"} & {*self.structures}):
+            raise ValueError(
+                f"{min(divided)!r} asked of the published algorithm, whose heads go or stay whole: use STATConfig()."
+            )
+        if self.metric != "fisher" and "pairs" in self.structures:
+            raise ValueError(
+                f"'pairs' asked with metric={self.metric!r}; gradients alone say what they are worth: metric='fisher'."
+            )
         if self.published and self.budget == "latency":
             raise ValueError(
                 "budget='latency' asked of the published algorithm, which only divides params, macs or memory: ask for macs."
@@ -79,7 +87,7 @@ class Moments:
     """Of one group's consumer: the Gram matrix of its inputs, and the metric of its outputs."""
 
     gram: Tensor
-    """Sum over real tokens of z^T z, float64: [width, width], or [experts, neurons, neurons]."""
+    """`stat_inputs.Inputs.gram`; of pairs, `worth_of_pairs`."""
     metric: Tensor
     """What a squared error of one in each output channel is worth: [out]."""
 
@@ -91,10 +99,11 @@ class STATPruner(Pruner[STATConfig]):
     For every consumer `y = z W^T` the units are ordered by backward elimination: the error of removing each, after the
     best correction of the others, exactly, from the Gram matrix of z. One allocation over all groups compares these
     error curves. Then, block by block, each consumer is corrected on the activations of the already pruned network:
-    `W' = W_S + (G_SS + ridge diag G_SS)^-1 G_SE W_E`, S the kept and E the eliminated columns.
+    `W' = W_S + (G_SS + ridge diag G_SS)^-1 G_SE W_E`, S the kept and E the eliminated columns; a bias, where there is one, takes
+    over the mean of what goes, and all second moments are then those about the mean.
 
     Differences from the source: elimination instead of pivoted QR, heads chosen by the error after the output projection,
-    one allocation instead of two thresholds, the ridge, and corrections that see the errors before them.
+    one allocation instead of two thresholds, the ridge, and corrections that see the errors before them and change biases.
     """
 
     method: ClassVar[str] = "stat"
@@ -114,22 +123,31 @@ class STATPruner(Pruner[STATConfig]):
         """Gram matrices of every consumer's input, block by block in one forward pass."""
         if self.config.published and any(group.experts is not None for group in groups):
             raise ValueError("The published algorithm has one consumer a neuron, and experts have several: use STATConfig().")
+        pairs = self._worth_of_pairs([group for group in groups if group.structure == "pairs"], batches)
         fisher = self._fisher(groups, batches) if self.config.metric == "fisher" else {}
         walk = BlockWalk(self.model, batches, self.journal)
         for index in walk.steps("Measuring"):
             own = [group for group in groups if group.block == index]
-            readers = {group.consumer: group for group in own}  # heads and their values have the same
-            grams = _grams(walk, index, list(readers.values()), advance=True)
+            readers = {group.consumer: group for group in own if group.name not in pairs}  # heads and values have the same
+            inputs = inputs_of(walk, index, list(readers.values()), advance=True, centred=not self.config.published)
+            grams = pairs | {name: own.gram for name, own in inputs.items()}
             worth = walk.inverse_energy()
             for group in own:
-                last = readers[group.consumer]
-                gram = grams.pop(last.name) if group is last else grams[last.name]
+                source = group.name if group.name in pairs else readers[group.consumer].name
+                gram = grams.pop(source) if source == group.name else grams[source]
                 like = torch.ones(weight(group.consumer).shape[0], dtype=torch.float64, device=gram.device)
                 metric = fisher.get(group.name, like * worth)
                 if math.isnan(worth) or not torch.isfinite(metric).all():
                     what = f"What block {index} gives" if math.isnan(worth) else f"The gradient at {group.name}"
                     raise ValueError(f"{what} is NaN or infinite; nothing can be decided from it. {OVERFLOW}")
                 yield group, Moments(gram, metric)
+
+    def _worth_of_pairs(self, groups: list[Group], batches: Batches) -> dict[str, Tensor]:
+        found = self.journal.recall("pairs") if groups else {}
+        if found is None:
+            found = worth_of_pairs(self.model, groups, batches, self.config.seed)
+            self.journal.keep("pairs", found.items())
+        return found
 
     def _fisher(self, groups: list[Group], batches: Batches, what: str = "gradients") -> dict[str, Tensor]:
         """What an error in each channel of the consumers' outputs is worth."""
@@ -145,6 +163,9 @@ class STATPruner(Pruner[STATConfig]):
             return stat_published.rank(stats, num_blocks=len(find_blocks(self.model)))
         order, error, within = dict[str, Tensor](), dict[str, Tensor](), dict[str, Tensor]()
         for group, moments in stats:
+            if group.structure == "pairs":
+                order[group.name], error[group.name] = rank_pairs(moments.gram)
+                continue
             if group.structure == "values":
                 whole = "heads" in self.config.structures
                 found = rank_values(group, moments.gram, moments.metric, self.config.ridge, with_heads=whole)
@@ -195,23 +216,25 @@ class STATPruner(Pruner[STATConfig]):
                     self._divide(walk, group.place, index, len(keep), worth)
                     continue
                 if self.config.published and group.structure == "heads":
-                    keep = stat_published.choose_heads(_grams(walk, index, [group])[group.name], group, len(keep))
-                if group.inexact and not before_pruning:
-                    slice_and_correct(walk, group, keep, self.config.ridge)
+                    inputs = inputs_of(walk, index, [group], centred=False)[group.name]
+                    keep = stat_published.choose_heads(inputs.gram, group, len(keep))
+                if group.structure == "pairs" or (group.inexact and not before_pruning):
+                    cut = lose_pairs if group.structure == "pairs" else slice_group
+                    cut_and_correct(walk, group, partial(cut, group, keep), self.config.ridge)
                     continue
-                corrected = self._corrected(walk, group, keep)
-                waiting.append((group, keep, corrected))
+                waiting.append((group, keep, *self._corrected(walk, group, keep)))
                 if not before_pruning:
                     _apply(*waiting.pop())
             if index + 1 < len(walk.blocks):
                 walk.advance(index)
-            for group, keep, corrected in waiting:
-                _apply(group, keep, corrected)
+            for each in waiting:
+                _apply(*each)
 
-    def _corrected(self, walk: BlockWalk, group: Group, keep: Tensor) -> Tensor:
+    def _corrected(self, walk: BlockWalk, group: Group, keep: Tensor) -> tuple[Tensor, Tensor | None]:
+        """The consumer's new weight, and its new bias if that changes."""
         if group.experts is not None:
-            return corrected_experts(walk, group, keep, self.config.ridge)
-        return corrected_consumer(walk, group, keep, self.config.ridge)[0]
+            return corrected_experts(walk, group, keep, self.config.ridge), None
+        return corrected_consumer(walk, group, keep, self.config.ridge, with_bias=not self.config.published)
 
     def _worth_of_values(self, groups: list[Group], plan: Plan, batches: Batches) -> dict[str, Tensor]:
         """What an error is worth at the output of each group of values that is to be cut."""
@@ -224,39 +247,12 @@ class STATPruner(Pruner[STATConfig]):
         """Keep `count` values of the heads that are left."""
         (group,) = (each for each in groups_of_block(self.model, index, walk.blocks[index]) if each.place == place)
         if count < group.units:
-            gram = _grams(walk, index, [group])[group.name]
-            divide(group, gram, worth[group.name].to(gram.device), count, self.config.ridge)
+            inputs = inputs_of(walk, index, [group])[group.name]
+            divide(group, inputs, worth[group.name].to(inputs.gram.device), count, self.config.ridge)
 
 
-def _grams(walk: BlockWalk, index: int, groups: list[Group], advance: bool = False) -> dict[str, Tensor]:
-    """The full Gram matrix of each group's consumer input, all groups of one block in one run."""
-    grams = {g.name: _nothing_yet(g) for g in groups}
-
-    def add(group: Group, z: Tensor) -> None:
-        if group.experts is None:
-            add_to_gram(grams[group.name], z)
-        else:
-            add_to_grams(grams[group.name], group, z)
-
-    walk.run(index, groups, add, advance)
-    for name, gram in grams.items():
-        walk.processes.add_up(gram)
-        for each in gram if gram.dim() == 3 else (gram,):
-            symmetrize(each)
-        if not torch.isfinite(gram).all():
-            raise ValueError(
-                f"The activations that enter {name} are NaN or infinite; nothing can be decided from them. {OVERFLOW}"
-            )
-    return grams
-
-
-def _apply(group: Group, keep: Tensor, corrected: Tensor) -> None:
+def _apply(group: Group, keep: Tensor, corrected: Tensor, bias: Tensor | None) -> None:
     slice_group(group, keep)
     set_weight(group.consumer, corrected)
-
-
-def _nothing_yet(group: Group) -> Tensor:
-    """[width, width], or one such matrix for every expert."""
-    width = group.units if group.experts is not None else group.units * group.width
-    each = (group.width,) if group.experts is not None else ()
-    return torch.zeros(*each, width, width, dtype=torch.float64, device=weight(group.consumer).device)
+    if bias is not None:
+        set_bias(group.consumer, bias)

@@ -21,6 +21,7 @@ from ..families import Group, values_of, weight
 from ..few_values import narrow_values
 from ..linalg import backward_elimination, cholesky, damped, least_squares_map, solve_psd, unit_columns
 from ..slicing import set_weight
+from .stat_inputs import Inputs
 
 SINGLE = 1e-3  # from this ridge on, which bounds the condition number, an order needs no more than single precision
 
@@ -133,16 +134,17 @@ def allocate_values(groups: Sequence[Group], ranking: ValuesRanking, keep: float
 
 
 @torch.no_grad()
-def divide(group: Group, gram: Tensor, metric: Tensor, count: int, ridge: float) -> None:
+def divide(group: Group, inputs: Inputs, metric: Tensor, count: int, ridge: float) -> None:
     """Keep `count` value dimensions of a group, in place: choose them anew, and correct what reads them.
 
-    gram: of what the consumer reads now. With z_S the dimensions that stay, in their bases, the consumer becomes
+    inputs: what the consumer reads now. With z_S the dimensions that stay, in their bases, the consumer becomes
     `W_S + (G_SS + ridge diag G_SS)^-1 z_S^T (z W^T - z_S W_S^T)`. Those of each head are then turned once more, to be orthonormal
-    in what the head had before: so weights stay as large as they were, and a head that loses nothing stays as it is.
+    in what the head had before: so weights stay as large as they were, and a head that loses nothing stays as it is. A bias takes
+    over the mean of what is lost.
     """
     width, queries = group.head_width, group.query_heads
     heads, full = group.units // width, weight(group.consumer).double()
-    turned = Turned.of(gram, full, metric, heads, queries, ridge)
+    turned = Turned.of(inputs.gram, full, metric, heads, queries, ridge)
     keep = turned.order(metric, queries, ridge)[0][:count].sort().values
     columns = unit_columns(keep, queries)
     start, own = turned.weight[:, columns], turned.gram[columns]
@@ -158,6 +160,11 @@ def divide(group: Group, gram: Tensor, metric: Tensor, count: int, ridge: float)
         kept.append(len(rows))
         read[:, head, :, : len(rows)] = torch.einsum("ojq,ji->oqi", parts[:, mine], rows @ turn[:, : len(rows)])
     turn_values(group.producers[0].linear, torch.stack(rotations))
+    bias = group.consumer.bias
+    if inputs.mean is not None and isinstance(bias, Tensor):
+        now = torch.einsum("gij,gqj->gqi", torch.stack(rotations).to(inputs.mean), inputs.mean.view(heads, queries, width))
+        lost = full @ inputs.mean - read.flatten(1) @ now.flatten()
+        set_bias(group.consumer, (bias + lost).to(bias.dtype))
     set_weight(group.consumer, read.flatten(1).to(weight(group.consumer).dtype))
     narrow_values(group.producers[0].linear, group.consumer, kept)
 
