@@ -23,7 +23,7 @@ from .families import Group, check_finite, find_groups
 from .journal import Journal
 from .knapsack import allocate_exactly
 from .probes import device_of, quiet
-from .report import Forecast, Lines, PruningReport, Stage, TimedStage, make_report, stage_timer
+from .report import Forecast, Lines, PruningReport, Stage, TimedStage, forward_seconds, make_report, stage_timer
 from .slicing import Plan, restored_on_error, slice_model
 from .structure import write_record
 from .survey import survey
@@ -88,6 +88,7 @@ class Pruner(ABC, Generic[C]):
         self._currency: Currency | None = None
         self.journal = Journal()
         self.stages: dict[str, Stage] = {}
+        self.forward_seconds: float | None = None
         self._dense: nn.Module | None = None
         self._guard = restored_on_error if caller_holds_model else self._lost_on_error
 
@@ -255,7 +256,7 @@ class Pruner(ABC, Generic[C]):
         batches = self._read(dataset, text_columns, label_column)
         self.stages.clear()
         self._currency = Currency.of(model, self.config, batches, self.cost(batches), self.timer())
-        self.config = self.currency.asked(self.config, keep)
+        self.config, self.forward_seconds = self.currency.asked(self.config, keep), forward_seconds(model, batches)
         self.check(keep or self.config.keep, batches)
         self._dense = teacher_of(model) if self.config.distill_epochs else None
         return batches

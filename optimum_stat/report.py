@@ -18,11 +18,13 @@ from .data import Batches
 from .families import Group
 from .latency import Latency
 from .memory import Memory
-from .probes import quiet
+from .offload import is_offloaded
+from .probes import device_of, quiet, small_parts
 
 if TYPE_CHECKING:
     from .pruner import Pruner
 
+PARTS = 4  # of some 512 tokens, to time a forward pass on
 POINTS = 32  # of an error curve, for a picture of it
 
 
@@ -85,6 +87,8 @@ class PruningReport:
     counts: str = "units"
     """What the groups count: "units" that were sliced away, or "weights" that became zeros in a model of the old shape."""
     stages: dict[str, Stage] = field(default_factory=dict)
+    forward_seconds: float | None = None
+    """Of one forward pass of the dense model over the calibration data, reckoned from about 2,048 tokens; None if offloaded."""
     latency: Latency | None = None
     memory: Memory | None = None
     training: dict[str, Any] | None = None
@@ -97,13 +101,19 @@ class PruningReport:
         return self.num_tokens / widest
 
     @property
+    def forward_passes(self) -> float | None:
+        """The time of all stages, in forward passes of the dense model over the same data."""
+        return sum(stage.seconds for stage in self.stages.values()) / self.forward_seconds if self.forward_seconds else None
+
+    @property
     def error(self) -> float:
         """The increase of the loss that the method expected: the sum over all groups, see `Pruner.nats`."""
         return sum(group.expected for group in self.groups)
 
     def to_dict(self) -> dict[str, Any]:
         """Everything, as plain JSON values."""
-        return {**dataclasses.asdict(self), "error": self.error, "tokens_per_unit": round(self.tokens_per_unit, 1)}
+        passes = {"forward_passes": None if self.forward_passes is None else round(self.forward_passes, 1)}
+        return {**dataclasses.asdict(self), **passes, "error": self.error, "tokens_per_unit": round(self.tokens_per_unit, 1)}
 
     def __str__(self) -> str:
         of = "the model's" if self.budget in ("latency", "memory") else "the blocks'"
@@ -132,6 +142,8 @@ class PruningReport:
         for name, stage in self.stages.items():
             peak = "" if stage.peak_bytes is None else f", {stage.peak_bytes / 2**20:,.0f} MiB more than before"
             lines.append(f"{name}: {stage.seconds:.1f} s{peak}")
+        if self.forward_passes is not None:
+            lines.append(f"in all the time of {self.forward_passes:.1f} forward passes of the dense model over the same data")
         return "\n".join(lines)
 
 
@@ -182,9 +194,31 @@ def make_report(pruner: Pruner[Any], lines: Sequence[Lines], batches: Batches) -
         groups=groups,
         counts=pruner.counts,
         stages=dict(pruner.stages),
+        forward_seconds=pruner.forward_seconds,
         latency=latency,
         memory=memory,
     )
+
+
+@torch.no_grad()
+def forward_seconds(model: Any, batches: Batches) -> float | None:
+    """Of one pass of the model, as it is, over this process's data, from every so many examples; the first run does not count."""
+    if is_offloaded(model):
+        return None
+    parts, device = [inputs for inputs, _ in small_parts(batches)], device_of(model)
+    some = parts[:: -(-len(parts) // PARTS)]
+
+    def seconds(parts: list[dict[str, Tensor]]) -> float:
+        start = time.perf_counter()
+        for inputs in parts:
+            model(**{name: value.to(device) for name, value in inputs.items()})
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        return time.perf_counter() - start
+
+    with quiet(model):
+        seconds(some[:1])
+        return seconds(some) * len(parts) / len(some) / batches.processes.count
 
 
 TimedStage = Callable[[str], AbstractContextManager[None]]

@@ -64,7 +64,7 @@ def _copied(pruner: P, keep: float) -> P:
     model, config = copy.deepcopy(pruner.model), dataclasses.replace(pruner.config, keep=keep)
     other = type(pruner)(model, config, pruner.tokenizer, pruner.source, caller_holds_model=False)
     other._currency = dataclasses.replace(pruner.currency, model=model)
-    other.stages, other._dense = dict(pruner.stages), pruner._dense
+    other.stages, other._dense, other.forward_seconds = dict(pruner.stages), pruner._dense, pruner.forward_seconds
     return other
 
 
