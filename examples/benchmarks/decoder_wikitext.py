@@ -69,7 +69,7 @@ def main() -> None:
         model = pruner.prune(windows)
         result = Result.of(
             pruner,
-            benchmark=f"{args.name or Path(args.model).name}, WikiText-2",
+            benchmark=f"{args.name or Path(args.model).name}, WikiText-2" + f", {args.windows} windows" * (args.windows != 16),
             metric="perplexity",
             recipe=recipe,
             seed=seed,

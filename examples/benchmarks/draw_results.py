@@ -3,17 +3,19 @@
     python examples/benchmarks/draw_results.py RESULTS.jsonl ... [--pictures FOLDER]
 
 Prints a Markdown table for each benchmark, and one of peers.json: other libraries on the same model and data, each with its
-source; a single seed, so for orientation. With --pictures, three for each benchmark: score against size, score against the
-latency that was measured, and what each block keeps at each size. Needs matplotlib (pip install 'optimum-stat[report]').
+source; a single seed, so for orientation. Of perplexities at many shares, also what the method expected of each. With --pictures,
+three for each benchmark: score against size, score against the latency that was measured, and what each block keeps at each size.
+Needs matplotlib (pip install 'optimum-stat[report]').
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import re
 from pathlib import Path
-from statistics import fmean
+from statistics import correlation, fmean
 from typing import Any
 
 from measure import table
@@ -37,12 +39,29 @@ def main() -> None:
         if peers:
             rows = [(peer["recipe"], str(peer["kept"]), str(peer["score"]), peer["source"]) for peer in peers]
             print(table(("other", "kept", own[0].metric, "source"), rows) + "\n")
+        print("\n\n".join(forecasts(own)) + "\n")
         if args.pictures:
             args.pictures.mkdir(parents=True, exist_ok=True)
             name = re.sub(r"\W+", "-", benchmark.lower()).strip("-")
             save(against_size(own, peers), args.pictures / f"{name}-size.png")
             save(against_latency(own), args.pictures / f"{name}-latency.png")
             save(per_layer(own), args.pictures / f"{name}-layers.png")
+
+
+def forecasts(results: list[Result]) -> list[str]:
+    """Of perplexities: the increase of the loss that a recipe expected at each share, beside the one that came; seeds' means."""
+    found = []
+    for recipe, points in curves(results).items() if results[0].metric == "perplexity" else ():
+        pairs = {
+            keep: (fmean(r.expected for r in own), fmean(math.log(r.score / r.dense) for r in own))
+            for keep, own in sorted(points.items(), reverse=True)
+        }
+        if len(pairs) > 3:
+            rows = [(str(keep), *(f"{value:.3f}" for value in pair)) for keep, pair in pairs.items()]
+            close = correlation(*([math.log(value) for value in own] for own in zip(*pairs.values(), strict=True)))
+            shown = table(("kept", f"loss that {recipe} expected", "measured"), rows)
+            found.append(f"{shown}\n\ncorrelation of logarithms {close:.3f}")
+    return found
 
 
 def against_size(results: list[Result], peers: list[dict[str, Any]]) -> Any:
