@@ -30,6 +30,7 @@ METHODS: dict[str, tuple[Any, Any]] = {
     "stat, paper": (STATPruner, STATConfig.paper(keep=0.6)),
     "stat, hidden": (STATPruner, STATConfig(keep=0.6, round_to=1, structures=("hidden",))),
     "stat, values": (STATPruner, STATConfig(keep=0.5, round_to=1, structures=("heads", "neurons", "values"))),
+    "stat, pairs and values": (STATPruner, STATConfig(keep=0.5, round_to=1, structures=("neurons", "pairs", "values"))),
     "fisher": (FisherPruner, FisherConfig(keep=0.6, round_to=1)),
     "fisher, paper": (FisherPruner, FisherConfig(keep=0.6, round_to=1, labels="model", published=True)),
     "surgeon": (SurgeonPruner, SurgeonConfig(keep=0.6, round_to=1, shots=2)),
@@ -43,6 +44,11 @@ def examples(seed: int = 0) -> list[dict[str, torch.Tensor]]:
     """Lengths that no number of processes divides."""
     lengths = tuple(5 + (7 * i) % 13 for i in range(47))
     return batches(lengths, batch_size=4, seed=seed)
+
+
+def families_of(name: str) -> tuple[str, ...]:
+    """BERT turns no pairs."""
+    return FAMILIES[:1] if "pairs" in name else FAMILIES
 
 
 def main(rank: int, environment: dict[str, str], folder: Path, names: list[str], fate: str) -> None:
@@ -66,7 +72,7 @@ def prune(rank: int, folder: Path, names: list[str], fate: str) -> None:
         _die_after(journal.Journal, "keep", int(when[1]))
     seen = _watched()
     for name in names:
-        for family in FAMILIES:
+        for family in families_of(name):
             method, config = METHODS[name]
             pruner = method(tiny(family), config)
             pruner.prune(examples(), resume_from_checkpoint=place and Path(place, name, family))

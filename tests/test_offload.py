@@ -29,6 +29,7 @@ RUNS: dict[str, tuple[Any, Any]] = {
     "stat": (STATPruner, STATConfig(keep=0.6, round_to=1)),
     "stat, paper": (STATPruner, STATConfig.paper(keep=0.6)),
     "stat, values": (STATPruner, STATConfig(keep=0.5, round_to=1, structures=("heads", "neurons", "values"))),
+    "stat, pairs and values": (STATPruner, STATConfig(keep=0.5, round_to=1, structures=("neurons", "pairs", "values"))),
     "fisher": (FisherPruner, FisherConfig(keep=0.6, round_to=1)),
     "surgeon": (SurgeonPruner, SurgeonConfig(keep=0.6, round_to=1, shots=2)),
     "surgeon, paper": (SurgeonPruner, SurgeonConfig.paper(keep=0.6, shots=2, structure="units")),
@@ -76,6 +77,7 @@ FEW = [("stat", "gpt_oss"), ("fisher", "mixtral"), ("surgeon", "qwen2_moe")]
 def test_the_result_is_that_of_a_model_in_memory(run: str, family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     method, config = RUNS[run]
     family = "qwen2" if "values" in run and family == "bloom" else family  # one linear makes all of it there
+    family = "gemma2" if "pairs" in run and family == "bert" else family  # which turns nothing
     placing: dict[str, Any] = {"device_map": placed(dense(family, tmp_path / "dense")), "offload_folder": tmp_path / "offload"}
     whole = method.from_pretrained(tmp_path / "dense", config)
     whole.prune(many())
@@ -89,7 +91,8 @@ def test_the_result_is_that_of_a_model_in_memory(run: str, family: str, tmp_path
     expected, found = written(tmp_path / "whole"), written(tmp_path / "pruned")
     assert expected.keys() == found.keys()
     assert all(torch.equal(found[key], value) for key, value in expected.items())
-    assert {**pruner.report.to_dict(), "stages": None} == {**whole.report.to_dict(), "stages": None}
+    timed = dict.fromkeys(("stages", "forward_seconds", "forward_passes"))
+    assert pruner.report.to_dict() | timed == whole.report.to_dict() | timed
     assert torch.equal(outputs(pruner.model, many()[0]), outputs(whole.model, many()[0])), "and it runs where it is"
 
 
