@@ -198,7 +198,7 @@ def test_an_error_half_way_puts_layers_and_widths_back(structure: str, monkeypat
     [
         (
             lambda: STATConfig(structures=()),
-            "must name some of 'heads', 'neurons', 'values', 'experts', 'hidden', 'layers'",
+            "must name some of 'heads', 'neurons', 'pairs', 'values', 'experts', 'hidden', 'layers'",
         ),
         (lambda: STATConfig(structures=("heads", "heads")), "must name some of"),
         (lambda: FisherConfig(structures=("head",)), "must name some of"),

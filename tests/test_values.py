@@ -353,7 +353,7 @@ def test_divided_heads_cannot_be_cut_again():
         (lambda: VIBConfig(structures=ALL), "'values' asked of VIBConfig"),
         (lambda: STATConfig(structures=ALL, budget="latency"), "'values' asked under a latency budget"),
         (lambda: STATConfig(structures=ALL, published=True), "'values' asked of the published algorithm"),
-        (lambda: STATConfig(structures=("value",)), "must name some of 'heads', 'neurons', 'values'"),
+        (lambda: STATConfig(structures=("value",)), "must name some of 'heads', 'neurons', 'pairs', 'values'"),
     ],
 )
 def test_what_cannot_be_done_is_refused(config: Any, message: str):
