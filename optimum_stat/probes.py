@@ -57,7 +57,10 @@ def on_output_gradient(modules: Mapping[str, nn.Module], visit: Callable[[str, T
 
 @contextmanager
 def quiet(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode, no parameter gradients, no cache, named outputs, full float32 products; all is put back afterwards."""
+    """Evaluation mode, no parameter gradients, no cache, named outputs, full float32 products; all is put back afterwards.
+
+    So is the state of torch's random numbers: some models draw which layers to skip also when they skip none.
+    """
     modes = [(module, module.training) for module in model.modules()]
     # by name: the work inside may replace parameters, and the new ones are to be what the old ones were
     wanted = [(m, name, p.requires_grad) for m in model.modules() for name, p in m.named_parameters(recurse=False)]
@@ -65,7 +68,7 @@ def quiet(model: nn.Module) -> Iterator[None]:
     configs = {id(config): config for part in parts if (config := getattr(part, "config", None)) is not None}
     borrowed = {"use_cache": False, "return_dict": True}
     before = [(c, n, getattr(c, n)) for c in configs.values() for n in borrowed if getattr(c, n, None) is not None]
-    precision = torch.get_float32_matmul_precision()
+    precision, random = torch.get_float32_matmul_precision(), torch.random.get_rng_state()
     try:
         torch.set_float32_matmul_precision("highest")  # TF32 has too few digits for a Gram matrix
         model.eval()
@@ -75,6 +78,7 @@ def quiet(model: nn.Module) -> Iterator[None]:
         yield
     finally:
         torch.set_float32_matmul_precision(precision)
+        torch.random.set_rng_state(random)
         for config, name, value in before:
             setattr(config, name, value)
         for module, mode in modes:
