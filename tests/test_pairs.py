@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_values import poor
+from test_values import check_an_error_half_way, poor
 from tiny import ROWS, batches, data_of, many, one_in_three, outputs, plenty, tiny
 from torch import Tensor, nn
 
@@ -268,21 +268,7 @@ def test_compiled_exported_and_in_half_precision():
 
 
 def test_an_error_half_way_makes_heads_whole_again(monkeypatch: pytest.MonkeyPatch):
-    pruner = small_llama()
-    model = pruner.model
-    before, kinds = {name: value.clone() for name, value in model.state_dict().items()}, [type(each) for each in model.modules()]
-
-    def fail(*_: Any) -> None:
-        assert any(isinstance(module, FewPairs) for module in model.modules())
-        raise OSError("no more")
-
-    monkeypatch.setattr(type(pruner), "finish", fail)
-    with pytest.raises(OSError, match="no more"):
-        pruner.prune(many())
-    assert [type(each) for each in model.modules()] == kinds
-    after = model.state_dict()
-    assert before.keys() == after.keys()
-    assert all(torch.equal(before[name], after[name]) for name in before)
+    check_an_error_half_way(small_llama(), FewPairs, monkeypatch)
 
 
 def test_with_narrower_streams_fewer_layers_and_distilled(tmp_path: Any):
