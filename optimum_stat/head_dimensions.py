@@ -87,7 +87,7 @@ def rotary_of(attention: nn.Module, config: Any, width: int, interleaved: bool) 
     """The two dimensions of each pair of a head, [width / 2, 2]; None where none are turned, or what is turned is normalised."""
     settings = getattr(config, "rope_parameters", None)
     normed = any(name.startswith(("q_", "k_")) and "norm" in name for name, _ in attention.named_children())
-    if not settings or normed or width % 2:
+    rotated = int(width * float((settings or {}).get("partial_rotary_factor") or 1))
+    if not settings or normed or width % 2 or rotated % 2:
         return None
-    rotated = int(width * float(settings.get("partial_rotary_factor") or 1))
     return dimensions_of_pairs(width, rotated, interleaved)

@@ -347,3 +347,11 @@ def test_worth_does_not_depend_on_padding_or_batches():
             found.append(worth_of_pairs(model, groups, data, 0))
     for one, other in zip(found[0].values(), found[1].values(), strict=True):
         torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-9)
+
+
+def test_dimensions_that_make_no_pairs_do_not_stand_in_the_way_of_heads():
+    model = tiny("phi", hidden_size=24, num_attention_heads=4, num_key_value_heads=4)  # 6 wide, of which 3 are turned
+    assert model.config.rope_parameters["partial_rotary_factor"] == 0.5
+    assert {group.structure for group in find_groups(model)} == {"heads", "neurons"}
+    with pytest.raises(ValueError, match="'pairs' asked of"):
+        find_groups(model, ("pairs",))

@@ -10,14 +10,12 @@ from torch import Tensor
 
 from optimum_stat import PruningConfig, STATConfig, STATPruner
 from optimum_stat.budget import Ranking
-from optimum_stat.correction import corrected_consumer
 from optimum_stat.currency import Currency
 from optimum_stat.data import Batches
 from optimum_stat.families import Group, weight
 from optimum_stat.linalg import backward_elimination, error_curve, pivoted_cholesky
 from optimum_stat.methods.stat import Moments
-from optimum_stat.slicing import Plan, set_weight, slice_group
-from optimum_stat.walk import BlockWalk
+from optimum_stat.slicing import Plan
 
 
 class ByEnergy(STATPruner):  # type: ignore[misc]
@@ -73,17 +71,8 @@ class Uncorrected(STATPruner):  # type: ignore[misc]
 class CorrectedOnDense(STATPruner):  # type: ignore[misc]
     """Correction: every consumer on the activations of the dense network."""
 
-    @torch.no_grad()
     def repair(self, groups: list[Group], plan: Plan, batches: Batches) -> None:
-        walk = BlockWalk(self.model, batches, self.journal)
-        for index in walk.steps("Correcting"):
-            own = [group for group in groups if group.block == index]
-            new = [corrected_consumer(walk, group, plan[group.name], self.config.ridge)[0] for group in own]
-            if index + 1 < len(walk.blocks):
-                walk.advance(index)
-            for group, value in zip(own, new, strict=True):
-                slice_group(group, plan[group.name])
-                set_weight(group.consumer, value)
+        self._correct(groups, plan, batches, before_pruning=True)
 
 
 def ridge(value: float) -> Callable[..., PruningConfig]:
