@@ -12,7 +12,6 @@ import torch
 from test_table import CANNOT, SILENT, STATIC, check_cache, generates_with_a_static_cache
 from tiny import (
     INEXACT,
-    MIXTURES,
     OTHERS,
     ROWS,
     batches,
@@ -285,10 +284,7 @@ def test_an_exception_leaves_the_model_as_it_was(recipe: str, family: str):
     assert at > 6
 
 
-@pytest.mark.parametrize(
-    ("recipe", "family"),
-    [(recipe, family) for recipe in WITHOUT_TRAINING for family in FAMILIES if family not in MIXTURES or recipe != "stat-paper"],
-)
+@pytest.mark.parametrize(("recipe", "family"), combinations(WITHOUT_TRAINING, of=FAMILIES))
 def test_keeping_all_gives_the_dense_model(recipe: str, family: str):
     pruner = prune(recipe, family, data_of(family), keep=1.0)
     assert pruner.report.reached == 1

@@ -126,12 +126,11 @@ def test_every_error_is_that_of_least_squares(heads: int, queries: int, width: i
         own = read[:, unit_columns(order[:count], queries)]
         torch.testing.assert_close(error[count], residual(own, y, metric), rtol=1e-6, atol=1e-8)
     every = [unit_columns(torch.tensor([head]), queries * width) for head in range(heads)]
-    alone = min(residual(z[:, columns], y, metric) for columns in every)
+    alone, at = min((residual(z[:, columns], y, metric), at) for at, columns in enumerate(every))
     for count in (1, width - 1, width):  # of the best single head: another basis, another order, errors on top of its own
         assert within[1, count] >= 0
     torch.testing.assert_close(within[1, width], torch.zeros((), dtype=torch.float64), rtol=0, atol=1e-8)
-    best = z[:, next(columns for columns in every if residual(z[:, columns], y, metric) == alone)]
-    lost = residual_after_division(best, y, metric, queries, width - 1)
+    lost = residual_after_division(z[:, every[at]], y, metric, queries, width - 1)
     if heads == 2:  # then backward elimination of heads finds the best single one
         torch.testing.assert_close(alone + within[1, width - 1], lost, rtol=1e-6, atol=1e-8)
 
