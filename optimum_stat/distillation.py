@@ -11,11 +11,13 @@ from transformers.utils.logging import tqdm
 
 from .blocks import mask_of_output
 from .data import Batches
-from .families import find_blocks
+from .families import find_blocks, task_of
 from .probes import Prediction, device_of, predictions, quiet, small_parts
 
 RATE = 0.001
 """Largest step of a weight, as a share of the root mean square of its tensor."""
+STEP = 128
+"""Tokens of a step. SmolLM2 at 0.75, 8,192 tokens, one pass: perplexity 27.35; in steps of 256 28.05, of 512 28.23."""
 WARM_UP = 0.1  # of all steps
 
 
@@ -26,7 +28,7 @@ def teacher_of(model: nn.Module) -> nn.Module:
 
 
 def distill(model: nn.Module, teacher: nn.Module, batches: Batches, epochs: int, seed: int) -> None:
-    """Train all parameters of the blocks, for `epochs` passes over the data, about 512 tokens at a step.
+    """Train all parameters of the blocks, for `epochs` passes over the data, about 128 tokens at a step.
 
     The loss is the mean over predictions of the Kullback-Leibler divergence from the teacher's distribution, or half of the
     squared difference where the output is no logits. Adam, whose steps are a share of each tensor's size, so that one rate
@@ -39,11 +41,11 @@ def distill(model: nn.Module, teacher: nn.Module, batches: Batches, epochs: int,
     empty = [master == 0 for master in masters]
     sizes = [float(master.detach().square().mean().sqrt()) for master in masters]
     optimizer = torch.optim.AdamW([{"params": [master]} for master in masters], betas=(0.9, 0.95), weight_decay=0.0)
-    parts, generator = small_parts(batches), torch.Generator().manual_seed(seed)
+    parts, generator = _lessons(model, batches), torch.Generator().manual_seed(seed)
     order = [int(at) for _ in range(epochs) for at in torch.randperm(len(parts), generator=generator)]
     with quiet(teacher), torch.enable_grad():
         for step, at in enumerate(tqdm(order, desc="Distilling", unit="batch")):
-            _backward(model, teacher, {name: value.to(device_of(model)) for name, value in parts[at][0].items()})
+            _backward(model, teacher, {name: value.to(device_of(model)) for name, value in parts[at].items()})
             share = min((step + 1) / (WARM_UP * len(order)), 1 - step / len(order))
             for group, size, master, weight in zip(optimizer.param_groups, sizes, masters, weights, strict=True):
                 group["lr"] = RATE * share * size
@@ -52,6 +54,20 @@ def distill(model: nn.Module, teacher: nn.Module, batches: Batches, epochs: int,
             with torch.no_grad():
                 for weight, master, zeros in zip(weights, masters, empty, strict=True):
                     weight.copy_(master.masked_fill_(zeros, 0))
+
+
+def _lessons(model: Any, batches: Batches) -> list[dict[str, Tensor]]:
+    """Inputs of each step: whole examples, or, of causal language models, to which it is a text as well, a piece of one."""
+    whole = [inputs for inputs, _ in small_parts(batches, STEP)]
+    if task_of(model) != "text-generation":
+        return whole
+    pieces = [
+        {name: value[:, start : start + STEP] for name, value in inputs.items()}
+        for inputs in whole
+        for start in range(0, inputs["input_ids"].shape[1], STEP)
+    ]
+    real = [piece["attention_mask"].any(1) for piece in pieces]
+    return [{k: v[rows] for k, v in piece.items()} for piece, rows in zip(pieces, real, strict=True) if rows.any()]
 
 
 def _renewed(model: nn.Module) -> list[nn.Parameter]:

@@ -7,6 +7,8 @@ Conventions, everywhere in this file: a linear layer computes `y = z @ W.T` from
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import numpy.typing as npt
 import torch
@@ -16,6 +18,7 @@ from torch import Tensor
 Matrix = npt.NDArray[np.float64]
 PANEL = 32  # removals between two updates of the whole inverse: turns rank-1 updates into matrix products
 POOL = 64  # candidates for these removals
+OUTPUTS = 64  # or random sums of them, enough to compare a few ridges
 CHUNK = 2048  # rows whose products may be summed in single precision before they enter a double precision total
 
 
@@ -57,6 +60,26 @@ def damped_diagonal(gram: Tensor, ridge: float) -> Tensor:
     diagonal = gram.diagonal()
     floor = (diagonal.max() * 1e-12).clamp_min(1e-30)  # 1e-30: all columns may be dead, and the inverse must stay finite
     return diagonal + (ridge * diagonal + floor)
+
+
+def held_out_ridge(halves: Sequence[tuple[Tensor, Tensor]], ridges: Sequence[float]) -> float:
+    """The one of `ridges` with which the solution from one half of the data is best on the other half, and the other way round.
+
+    halves: (G, C) = (z^T z, z^T y) of two halves of the tokens; a solution is `X = (G + ridge diag G)^-1 C`, and what it loses
+    on the other half is `||z X - y||^2 = <X, G X - 2 C>` and a constant. Of very many outputs y, random sums are fitted.
+    """
+    outputs = halves[0][1].shape[1]
+    sums = torch.eye(outputs) if outputs <= OUTPUTS else torch.randn(outputs, OUTPUTS, generator=torch.Generator().manual_seed(0))
+    few = [(gram, toward @ sums.to(toward)) for gram, toward in halves]
+
+    def lost(ridge: float) -> float:
+        total = 0.0
+        for (gram, toward), (other_gram, other_toward) in (few, few[::-1]):
+            found = solve_psd(damped(gram, ridge), toward)
+            total += float((found * (other_gram @ found - 2 * other_toward)).sum())
+        return total
+
+    return min(ridges, key=lost)
 
 
 def least_squares_map(gram: Tensor, keep: Tensor, ridge: float = 0.0) -> Tensor:

@@ -87,12 +87,12 @@ def quiet(model: nn.Module) -> Iterator[None]:
             getattr(module, name).requires_grad_(value)
 
 
-def small_parts(batches: Batches) -> list[tuple[dict[str, Tensor], dict[str, Tensor] | None]]:
-    """Inputs and labels of all examples, in their order, about 512 tokens at a time: backward passes need memory."""
+def small_parts(batches: Batches, tokens: int = 512) -> list[tuple[dict[str, Tensor], dict[str, Tensor] | None]]:
+    """Inputs and labels of all examples, in their order, about so many tokens at a time: backward passes need memory."""
     parts, longest = [], 1 if isinstance(batches.seq_len, int) and "input_ids" in batches.items[0] else _longest(batches)
     for batch, labels in zip(batches, batches.labels or [None] * len(batches), strict=True):
         count, length = len(next(iter(batch.values()))), max(batch["input_ids"].shape[1] if "input_ids" in batch else 1, longest)
-        for rows in torch.split(torch.arange(count), max(1, 512 // length)):
+        for rows in torch.split(torch.arange(count), max(1, tokens // length)):
             own = None if labels is None else {name: value[rows] for name, value in labels.items()}
             parts.append(({name: value[rows] for name, value in batch.items()}, own))
     return parts

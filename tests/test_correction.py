@@ -4,16 +4,18 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
 import torch
 from tiny import data_of, many, tiny
 from torch import Tensor
 
 from optimum_stat import STATConfig, STATPruner
 from optimum_stat.config import PruningConfig
-from optimum_stat.correction import corrected_consumer, cut_and_correct
+from optimum_stat.correction import RIDGES, LeastSquares, corrected_consumer, cut_and_correct
 from optimum_stat.data import make_batches
 from optimum_stat.families import Group, find_groups, weight
 from optimum_stat.probes import quiet
+from optimum_stat.processes import ALONE
 from optimum_stat.slicing import set_weight, slice_group
 from optimum_stat.walk import BlockWalk
 
@@ -49,6 +51,45 @@ def test_where_units_change_each_other_the_correction_is_fitted_to_what_is_read_
         set_weight(other.consumer, corrected)
         blind = seen(walk, other) @ weight(other.consumer).double().T
     assert (read @ found.T - wanted).square().sum() < (blind - wanted).square().sum()
+
+
+def by_rows(z: Tensor, y: Tensor, ridge: float) -> Tensor:
+    damping = ridge**0.5 * torch.diag(z.norm(dim=0))
+    return torch.linalg.lstsq(torch.cat([z, damping]), torch.cat([y, torch.zeros(len(damping), y.shape[1]).to(y)])).solution
+
+
+@pytest.mark.parametrize("outputs", [3, 200])
+@pytest.mark.parametrize(("noise", "wanted"), [(0.0, min(RIDGES)), (5.0, None), (1000.0, max(RIDGES))])
+def test_the_ridge_is_the_one_that_fits_the_other_half_best(noise: float, wanted: float | None, outputs: int):
+    """Against solving on one half, and measuring on the other, ridge by ridge; all outputs, although few sums are looked at."""
+    generator = torch.Generator().manual_seed(0)
+    z, errors = torch.randn(80, 20, generator=generator, dtype=torch.float64), dict.fromkeys(RIDGES, 0.0)
+    y = z @ torch.randn(20, outputs, generator=generator, dtype=torch.float64)
+    y += noise * torch.randn(80, outputs, generator=generator, dtype=torch.float64)
+    halves = (z[:40], y[:40]), (z[40:], y[40:])
+    for ridge in RIDGES:
+        for (own, target), (other, wish) in (halves, halves[::-1]):
+            errors[ridge] += float((other @ by_rows(own, target, ridge) - wish).square().sum())
+    best = min(errors, key=lambda ridge: errors[ridge])
+    assert wanted in (None, best)
+    assert wanted is not None or min(RIDGES) < best < max(RIDGES)
+    system = LeastSquares(20, outputs, None, torch.device("cpu"))
+    system.add(z, y)
+    torch.testing.assert_close(system.solve(ALONE).T, by_rows(z, y, best / 2), rtol=1e-6, atol=1e-8)
+
+
+def test_many_small_additions_are_halved_one_by_one():
+    """And a half without any tokens decides nothing."""
+    z = torch.randn(12, 4, dtype=torch.float64)
+    one, other = (LeastSquares(4, 2, None, torch.device("cpu")) for _ in range(2))
+    for rows in z.split(4):
+        one.add(rows, rows[:, :2])
+    first, second = (torch.cat([rows.split(2)[at] for rows in z.split(4)]) for at in range(2))
+    other.add(torch.cat([first, second]), torch.cat([first, second])[:, :2])
+    torch.testing.assert_close(one.sums, other.sums)
+    alone = LeastSquares(4, 2, None, torch.device("cpu"))
+    alone.add(z[:1], z[:1, :2])
+    assert torch.isfinite(alone.solve(ALONE)).all()
 
 
 def test_the_record_names_the_groups():

@@ -124,6 +124,23 @@ def test_no_step_is_longer_than_the_rate(monkeypatch: pytest.MonkeyPatch) -> Non
         assert float(step.max()) == pytest.approx(own.RATE * size, rel=1e-3), name
 
 
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_long_texts_are_cut_where_a_piece_is_a_text(side: str) -> None:
+    """Every real token is in one step; whole sequences where what stands behind a token counts, too."""
+    ids = torch.arange(3 * 300).view(3, 300) % 60 + 5
+    mask = torch.ones_like(ids)
+    for row, length in enumerate((300, 90, 200)):
+        mask[row] = torch.arange(300) < length if side == "right" else torch.arange(300) >= 300 - length
+    batch = data([{"input_ids": ids, "attention_mask": mask}])
+    batch = dataclasses.replace(batch, seq_len=300)
+    pieces = own._lessons(tiny("llama"), batch)
+    seen = torch.cat([piece["input_ids"][piece["attention_mask"].bool()] for piece in pieces])
+    assert torch.equal(seen.sort().values, ids[mask.bool()].sort().values)
+    assert all(piece["input_ids"].shape[1] <= own.STEP and piece["attention_mask"].any(1).all() for piece in pieces)
+    for model in (tiny("bert"), tiny("llama", "SequenceClassification")):
+        assert [piece["input_ids"].shape for piece in own._lessons(model, batch)] == [(1, 300)] * 3
+
+
 def test_zeros_stay_zeros_and_half_precision_learns() -> None:
     model = tiny("llama").bfloat16()
     pruner = SurgeonPruner(model, SurgeonConfig(keep=0.5, structure="2:4", shots=1, distill_epochs=2))

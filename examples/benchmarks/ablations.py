@@ -44,7 +44,9 @@ class ByPivots(STATPruner):  # type: ignore[misc]
                 order[group.name] = pivoted_cholesky(moments.gram)[0]
                 error[group.name] = error_curve(moments.gram, scaled, order[group.name])
             else:
-                order[group.name], error[group.name] = backward_elimination(moments.gram, scaled, group.width, self.config.ridge)
+                order[group.name], error[group.name] = backward_elimination(
+                    moments.gram, scaled, group.width, self.config.damping
+                )
         return Ranking(order, error)
 
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ..data import Batches
 from ..families import Group, is_causal, task_of, weight
 from ..journal import Journal
-from ..linalg import add_to_gram, damped, solve_psd, symmetrize
+from ..linalg import add_to_gram, damped, held_out_ridge, solve_psd, symmetrize
 from ..offload import brought_in
 from ..probes import device_of, on_consumer_input
 from ..processes import Processes
@@ -195,15 +195,9 @@ class _Moments:
 def _change(halves: list[tuple[Tensor, Tensor]]) -> Tensor:
     """Factors less 1, from all tokens, with the ridge that does best from one half of the tokens to the other."""
 
-    def error(ridge: float) -> float:
-        total = 0.0
-        for (normal, rest), (other_normal, other_rest) in (halves, halves[::-1]):
-            change = solve_psd(damped(normal, ridge), rest[:, None])[:, 0]
-            total += float(change @ (other_normal @ change - 2 * other_rest))
-        return total
-
+    ridge = held_out_ridge([(normal, rest[:, None]) for normal, rest in halves], RIDGES)
     (first, first_rest), (second, second_rest) = halves
-    return solve_psd(damped(first + second, min(RIDGES, key=error)), (first_rest + second_rest)[:, None])[:, 0]
+    return solve_psd(damped(first + second, ridge), (first_rest + second_rest)[:, None])[:, 0]
 
 
 def _published_change(normal: Tensor, rest: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from ..correction import solved
+from ..correction import LeastSquares
 from ..families import Group, weight
 from ..linalg import add_to_gram, backward_elimination
 from ..walk import BlockWalk
@@ -42,7 +42,7 @@ def rank_in_experts(group: Group, grams: Tensor, scaled: Tensor, ridge: float) -
     return torch.stack(orders, dim=1), torch.stack(errors).sum(0)
 
 
-def corrected_experts(walk: BlockWalk, group: Group, keep: Tensor, ridge: float) -> Tensor:
+def corrected_experts(walk: BlockWalk, group: Group, keep: Tensor, ridge: float | None) -> Tensor:
     """The consumer's weight [out, k * E] with only the neurons `keep` [k, E]: `correction.corrected_consumer`, by expert."""
     full, count = weight(group.consumer), len(keep)
     by_expert = full.view(len(full), group.units, group.width).permute(2, 1, 0)  # [E, F, out]
@@ -50,18 +50,14 @@ def corrected_experts(walk: BlockWalk, group: Group, keep: Tensor, ridge: float)
     gone = torch.ones(group.width, group.units, dtype=torch.bool, device=full.device).scatter_(1, keep.T, False)
     rest = gone.nonzero()[:, 1].view(group.width, -1)
     exact = torch.promote_types(full.dtype, torch.float32)
-    sums = torch.zeros(group.width, count, count + len(full), dtype=torch.float64, device=full.device)
+    systems = [LeastSquares(count, len(full), ridge, full.device) for _ in range(group.width)]
 
     def add(_: Group, z: Tensor) -> None:
         for expert, own in each_expert(group, z):
-            kept = own[:, keep[:, expert]]
-            add_to_gram(sums[expert, :, :count], kept)
-            lost = own[:, rest[expert]] @ by_expert[expert, rest[expert]].to(exact)
-            sums[expert, :, count:] += kept.T @ lost
+            systems[expert].add(own[:, keep[:, expert]], own[:, rest[expert]] @ by_expert[expert, rest[expert]].to(exact))
 
     walk.run(group.block, [group], add)
-    walk.processes.add_up(sums)
     corrected = torch.empty(len(full), count, group.width, dtype=full.dtype, device=full.device)
-    for expert in range(group.width):
-        corrected[:, :, expert] = (by_expert[expert, keep[:, expert]].T + solved(sums[expert], ridge)).to(full.dtype)
+    for expert, system in enumerate(systems):
+        corrected[:, :, expert] = (by_expert[expert, keep[:, expert]].T + system.solve(walk.processes)).to(full.dtype)
     return corrected.flatten(1)

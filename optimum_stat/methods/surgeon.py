@@ -199,7 +199,7 @@ class SurgeonPruner(Pruner[SurgeonConfig]):
         for index in walk.steps("Correcting"):
             for group in groups:
                 if group.block == index and len(plan[group.name]) < group.units:
-                    corrected, bias = corrected_consumer(walk, group, plan[group.name], self.config.ridge, with_bias=True)
+                    corrected, bias = corrected_consumer(walk, group, plan[group.name], with_bias=True)
                     slice_group(group, plan[group.name])
                     set_weight(group.consumer, corrected)
                     if bias is not None:
