@@ -87,6 +87,6 @@ ABLATIONS: dict[str, tuple[Any, Callable[..., PruningConfig]]] = {
     "the same share everywhere": (Uniform, STATConfig),
     "no correction": (Uncorrected, STATConfig),
     "correction on the dense network": (CorrectedOnDense, STATConfig),
-    "ridge 0.001": (STATPruner, ridge(0.001)),
+    "ridge 0.01": (STATPruner, ridge(0.01)),
     "ridge 0.1": (STATPruner, ridge(0.1)),
 }
