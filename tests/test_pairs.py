@@ -10,6 +10,7 @@ import torch
 from test_values import check_an_error_half_way, poor
 from tiny import ROWS, batches, data_of, many, one_in_three, outputs, plenty, tiny
 from torch import Tensor, nn
+from transformers import AutoModelForCausalLM
 
 from optimum_stat import FisherConfig, STATConfig, STATPruner, SurgeonConfig
 from optimum_stat.budget import Cost, model_cost, unit_cost
@@ -242,6 +243,19 @@ def test_within_the_budget_and_the_model_loads_again(family: str, asked: dict[st
 def small_llama(**asked: Any) -> STATPruner:
     model = poor("llama")
     return STATPruner.from_pretrained(model, STATConfig(**{"keep": 0.6, "structures": ALL, "round_to": 4, **asked}))
+
+
+def test_remote_code_knows_pairs(tmp_path: Any, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    pruner = small_llama()
+    model = pruner.prune(plenty("llama"))
+    pruner.save_pretrained(tmp_path / "small")
+    remote = AutoModelForCausalLM.from_pretrained(tmp_path / "small", trust_remote_code=True)
+    assert type(remote).__module__.startswith("transformers_modules")
+    few = [type(module) for module in remote.modules() if type(module).__name__ == "FewPairs"]
+    assert few
+    assert all(each.__module__.startswith("transformers_modules") for each in few)
+    assert all(torch.equal(outputs(remote, batch), outputs(model, batch)) for batch in data_of("llama"))
 
 
 def test_generation_with_every_cache_equals_generation_without():
