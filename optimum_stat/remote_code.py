@@ -32,7 +32,8 @@ class {name}(transformers.{name}):
     """Cut to the sizes in config.json before the weights are read."""
 
     def post_init(self):
-        replay(self)
+        if not hasattr(transformers.PreTrainedModel.post_init, "_optimum_stat"):  # where it is imported, the package cuts
+            replay(self)
         super().post_init()
 
     @classmethod
