@@ -38,9 +38,11 @@ def distill(model: nn.Module, teacher: nn.Module, batches: Batches, epochs: int,
     """
     weights = _renewed(model)
     masters = [weight.detach().float().clone().requires_grad_() for weight in weights]  # small steps vanish in half precision
-    empty = [master == 0 for master in masters]
+    empty = [nothing if (nothing := master == 0).any() else None for master in masters]
     sizes = [float(master.detach().square().mean().sqrt()) for master in masters]
-    optimizer = torch.optim.AdamW([{"params": [master]} for master in masters], betas=(0.9, 0.95), weight_decay=0.0)
+    # fused: on CPU a quarter of the time, which is otherwise half of a step's
+    groups = [{"params": [master]} for master in masters]
+    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
     parts, generator = _lessons(model, batches), torch.Generator().manual_seed(seed)
     order = [int(at) for _ in range(epochs) for at in torch.randperm(len(parts), generator=generator)]
     with quiet(teacher), torch.enable_grad():
@@ -53,7 +55,7 @@ def distill(model: nn.Module, teacher: nn.Module, batches: Batches, epochs: int,
             optimizer.step()
             with torch.no_grad():
                 for weight, master, zeros in zip(weights, masters, empty, strict=True):
-                    weight.copy_(master.masked_fill_(zeros, 0))
+                    weight.copy_(master if zeros is None else master.masked_fill_(zeros, 0))
 
 
 def _lessons(model: Any, batches: Batches) -> list[dict[str, Tensor]]:
