@@ -40,7 +40,9 @@ class LeastSquares:
         """X^T [out, width]. Once: the sums are lost, as there may be no memory for more of them."""
         processes.add_up(self.sums)
         systems = [(symmetrize(sums[:, : len(sums)]), sums[:, len(sums) :]) for sums in self.sums]
-        ridge = held_out_ridge(systems, RIDGES) / 2 if self.ridge is None else self.ridge
+        ridge = self.ridge
+        if ridge is None:  # no ridge is so small that single precision would not do to compare them
+            ridge = held_out_ridge([(gram.float(), toward.float()) for gram, toward in systems], RIDGES) / 2
         gram, toward = systems[0]
         for more, beside in systems[1:]:
             gram += more
