@@ -42,8 +42,8 @@ class STATConfig(PruningConfig):
     pass over about 2,048 tokens (no labels needed); "stream", gradient-free, its energy relative to that of the residual
     stream behind it, token by token."""
     ridge: float | None = None
-    """Damping of every least-squares problem, relative to the diagonal of its Gram matrix. Ours, STAT has none. None: for each
-    correction the one that does best on tokens held out, and 0.01 where units are chosen."""
+    """Damping of every least-squares problem, relative to the diagonal of its Gram matrix. Ours, the paper damps nothing.
+    None: for each correction what does best on tokens held out, and 0.01 where units are chosen."""
     published: bool = False
     """The published algorithm instead of ours; set by `paper()`."""
 
