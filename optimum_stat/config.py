@@ -40,7 +40,7 @@ class PruningConfig:
     """Of everything a method draws at random."""
     distill_epochs: int = 0
     """Afterwards, train the weights that stay for so many passes over the calibration data, to predict what the dense model
-    predicts. No labels; each pass costs about four forward passes. 0: nothing is trained."""
+    predicts. No labels; each pass costs about five forward passes. 0: nothing is trained."""
     serve_batch_size: int = 1
     """Examples in the batch that a latency or memory budget counts."""
     serve_seq_len: int | None = None

