@@ -7,6 +7,7 @@ Conventions, everywhere in this file: a linear layer computes `y = z @ W.T` from
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 
 import numpy as np
@@ -66,12 +67,14 @@ def held_out_ridge(halves: Sequence[tuple[Tensor, Tensor]], ridges: Sequence[flo
     """The one of `ridges` with which the solution from one half of the data is best on the other half, and the other way round.
 
     halves: (G, C) = (z^T z, z^T y) of two halves of the tokens; a solution is `X = (G + ridge diag G)^-1 C`, and what it loses
-    on the other half is `||z X - y||^2 = <X, G X - 2 C>` and a constant. Of very many outputs y, random sums are fitted.
+    on the other half is `||z X - y||^2 = <X, G X - 2 C>` and a constant. Of very many outputs y, random sums are fitted. The
+    loss falls and then rises with the ridge, so that the search goes downhill from the one in the middle.
     """
     outputs = halves[0][1].shape[1]
     sums = torch.eye(outputs) if outputs <= OUTPUTS else torch.randn(outputs, OUTPUTS, generator=torch.Generator().manual_seed(0))
     few = [(gram, toward @ sums.to(toward)) for gram, toward in halves]
 
+    @functools.cache
     def lost(ridge: float) -> float:
         total = 0.0
         for (gram, toward), (other_gram, other_toward) in (few, few[::-1]):
@@ -79,7 +82,11 @@ def held_out_ridge(halves: Sequence[tuple[Tensor, Tensor]], ridges: Sequence[flo
             total += float((found * (other_gram @ found - 2 * other_toward)).sum())
         return total
 
-    return min(ridges, key=lost)
+    ordered, best = sorted(ridges), len(ridges) // 2
+    for step in (-1, 1):
+        while 0 <= best + step < len(ordered) and lost(ordered[best + step]) < lost(ordered[best]):
+            best += step
+    return ordered[best]
 
 
 def least_squares_map(gram: Tensor, keep: Tensor, ridge: float = 0.0) -> Tensor:

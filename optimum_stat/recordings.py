@@ -11,8 +11,6 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
-from scipy.io import wavfile
-from scipy.signal import resample_poly
 
 
 def is_image(value: Any) -> bool:
@@ -53,6 +51,8 @@ def waveform(value: Any, sampling_rate: int, where: str) -> NDArray[np.float32]:
         samples, rate = _from_file(value, where)
     samples = samples.mean(1) if samples.ndim == 2 else samples
     if rate != sampling_rate:
+        from scipy.signal import resample_poly  # a second to import, which only sounds shall cost
+
         shared = math.gcd(int(rate), sampling_rate)
         samples = resample_poly(samples, sampling_rate // shared, int(rate) // shared)
     return np.asarray(samples, np.float32)
@@ -65,6 +65,8 @@ def _from_file(value: Mapping[str, Any], where: str) -> tuple[NDArray[np.float32
             f"{where} holds a sound that is no WAV file. Convert it, or decode it yourself (torchcodec or soundfile) and pass "
             "dicts with 'array' and 'sampling_rate'."
         )
+    from scipy.io import wavfile
+
     rate, samples = wavfile.read(io.BytesIO(content))
     scale = 1.0 if samples.dtype.kind == "f" else float(np.iinfo(samples.dtype).max)
     return samples.astype(np.float32) / scale, int(rate)

@@ -61,6 +61,7 @@ def written(folder: Path) -> dict[str, torch.Tensor]:
 
 
 COMBINED = [(run, family) for run in RUNS for family in ("llama", "bloom")]
+IN_TURN = COMBINED[::4] + COMBINED[3::4]  # each run once, with either family
 OF_EXPERTS = [(run, family) for run in RUNS if run != "stat, paper" for family in ("mixtral", "gpt_oss", "qwen2_moe")]
 FEW = [("stat", "gpt_oss"), ("fisher", "mixtral"), ("surgeon", "qwen2_moe")]
 
@@ -68,8 +69,9 @@ FEW = [("stat", "gpt_oss"), ("fisher", "mixtral"), ("surgeon", "qwen2_moe")]
 @pytest.mark.parametrize(
     ("run", "family"),
     [
-        *COMBINED,
+        *IN_TURN,
         *FEW,
+        *(pytest.param(*each, marks=pytest.mark.full) for each in COMBINED if each not in IN_TURN),
         *(pytest.param(run, "bert", marks=pytest.mark.full) for run in RUNS),
         *(pytest.param(*each, marks=pytest.mark.full) for each in OF_EXPERTS if each not in FEW),
     ],

