@@ -14,11 +14,21 @@ from transformers.utils.logging import tqdm
 
 from .block_passes import passes_by_block
 from .blocks import find_stacks, mask_of_output
+from .coherence import Coherence
 from .data import Batches
 from .families import Group, find_blocks, masks_of_linears, weight
 from .labels import loss_gradients
 from .offload import is_offloaded
-from .probes import Prediction, device_of, on_consumer_input, on_output_gradient, predictions, real_rows, small_parts
+from .probes import (
+    Prediction,
+    device_of,
+    on_consumer_input,
+    on_output_gradient,
+    predictions,
+    predicts_once,
+    real_rows,
+    small_parts,
+)
 from .processes import Processes
 
 FISHER_TOKENS = 2048  # a diagonal has one number a channel: it needs far fewer tokens than a Gram matrix
@@ -34,12 +44,19 @@ class Output:
     """Diagonal of the Fisher information with respect to it: [out]."""
     energy: Tensor
     """Its square: [out]."""
+    coherence: float = 1.0
+    """How much more an example's errors matter together than each alone."""
+
+    @property
+    def worth(self) -> Tensor:
+        """What a squared error of one in each channel, at one token, is worth."""
+        return self.fisher * self.coherence
 
 
-def output_fisher(model: nn.Module, groups: list[Group], batches: Batches, seed: int) -> dict[str, Tensor]:
-    """Diagonal of the Fisher information with respect to each consumer's output, per token, see `outputs_of`: [out], float64."""
+def output_worth(model: nn.Module, groups: list[Group], batches: Batches, seed: int) -> dict[str, Tensor]:
+    """What a squared error of one in each channel of each consumer's output is worth at one token (`outputs_of`): [out]."""
     found = outputs_of(model, {group.name: group.consumer for group in groups}, batches, seed)
-    return {name: output.fisher for name, output in found.items()}
+    return {name: output.worth for name, output in found.items()}
 
 
 def outputs_of(model: nn.Module, modules: Mapping[str, nn.Module], batches: Batches, seed: int) -> dict[str, Output]:
@@ -48,6 +65,11 @@ def outputs_of(model: nn.Module, modules: Mapping[str, nn.Module], batches: Batc
     `F_c = E[g_c^2]` with g the gradient of the model's own log-likelihood at the output. No labels: the
     gradient at the model's output is drawn as `sqrt(p) * e - p <sqrt(p), e>`, e standard normal, whose covariance is
     the softmax's Fisher `diag(p) - p p^T` exactly; outputs that are not logits count as means of unit-variance Gaussians.
+
+    Where one prediction reads all tokens of an example, their errors e add up before they are squared, and heads, say, err
+    in the same direction at all of them: see `Coherence`. (Predictions at every token depend on that token most; there,
+    allocations are no better for it.)
+
     One forward and one backward pass over about 2,048 tokens. Call it inside `quiet(model)`.
     """
     totals: dict[str, Tensor] = {}
@@ -56,18 +78,27 @@ def outputs_of(model: nn.Module, modules: Mapping[str, nn.Module], batches: Batc
     masks, predicts = masks_of_linears(model), mask_of_output(model)
     num_tokens = {name: torch.zeros(1, dtype=torch.float64) for name in modules}
     counted: dict[str, int] = {}  # name -> the last part whose tokens have been counted
+    together = {
+        name: Coherence(isinstance(getattr(module, "bias", None), Tensor))
+        for name, module in modules.items()
+        if predicts_once(model)
+    }
 
     def add(name: str, output: Tensor, gradient: Tensor) -> None:
-        rows = [passes.real_rows(each, masks.get(modules[name], predicts)) for each in (gradient, output)]
+        mask = masks.get(modules[name], predicts)
+        rows = [passes.real_rows(each, mask) for each in (gradient, output)]
         totals[name] = totals.get(name, 0) + torch.stack([each.double().square().sum(0) for each in rows]).cpu()
+        if together:
+            together[name].add(passes.by_example(output, mask), passes.by_example(gradient, mask), len(rows[0]))
         if counted.get(name) != passes.part:  # a shared block runs more than once
             counted[name] = passes.part
             num_tokens[name] += len(rows[0])
 
     passes.run(lambda: on_output_gradient(modules, add))
     found = [totals[name] for name in modules]
-    batches.processes.add_up(*found, *num_tokens.values())
-    return {name: Output(*(total / num_tokens[name])) for name, total in zip(modules, found, strict=True)}
+    batches.processes.add_up(*found, *(each.sums for each in together.values()), *num_tokens.values())
+    means = {name: total / num_tokens[name] for name, total in zip(modules, found, strict=True)}
+    return {name: Output(mean[0], mean[1], together[name].value() if together else 1.0) for name, mean in means.items()}
 
 
 def some_examples(batches: Batches) -> list[Part]:
@@ -94,7 +125,7 @@ def sensitivities(
 
     The gradient of a factor on a unit is, with z what the consumer reads, `sum z * dL/dz` over the example's tokens and the
     unit's columns. The loss is the negative log-likelihood of the labels (of the next tokens, for causal language models),
-    summed over the example; or, not `from_labels`, of the model's own predictions: a gradient drawn as `output_fisher` draws
+    summed over the example; or, not `from_labels`, of the model's own predictions: a gradient drawn as `outputs_of` draws
     it, whose covariance is the exact Fisher information of the output. Call it inside `quiet(model)`.
     Source: 2204.09656, where the factor multiplies a head's attention probabilities: the same derivative.
     """
@@ -182,6 +213,12 @@ class Passes:
     def real_rows(self, rows: Tensor, mask: str) -> Tensor:
         """The rows of the real tokens of the part at hand, which its input `mask` names; none if the part does not count."""
         return real_rows(rows, self.inputs.get(mask)) if self._own else rows.reshape(-1, rows.shape[-1])[:0]
+
+    def by_example(self, rows: Tensor, mask: str) -> Tensor:
+        """The same rows as [examples, tokens, width], zero where there is no token."""
+        whole, real = rows.reshape(_examples(self.inputs), -1, rows.shape[-1]), self.inputs.get(mask)
+        whole = whole if self._own else whole[:0]
+        return whole if real is None or not self._own else whole * real.to(whole.device).reshape(*whole.shape[:2], 1).bool()
 
     def run(self, hooks: Callable[[], AbstractContextManager[Any]]) -> None:
         """All parts, one after the other, with `hooks` in place; of an offloaded model with one block at a time in memory."""

@@ -11,7 +11,7 @@ from .budget import Ranking
 from .data import Batches
 from .experts import BIAS, linears_of_experts
 from .families import Group, weight
-from .gradients import output_fisher
+from .gradients import output_worth
 from .routers import Mixture, find_mixtures
 from .walk import BlockWalk
 
@@ -40,7 +40,7 @@ def rank_experts(model: Any, batches: Batches, seed: int, nats: float) -> Rankin
     """
     mixtures = find_mixtures(model)
     groups = [mixture.group for mixture in mixtures]
-    worth = {name: 0.5 / nats * own for name, own in output_fisher(model, groups, batches, seed).items()}
+    worth = {name: 0.5 / nats * own for name, own in output_worth(model, groups, batches, seed).items()}
     lost = {group.name: torch.zeros(mixture.units, dtype=torch.float64) for mixture, group in zip(mixtures, groups, strict=True)}
     walk = BlockWalk(model, batches)
     for index in walk.steps("Measuring experts"):

@@ -107,9 +107,15 @@ def has_loss(model: nn.Module, batches: Batches) -> bool:
     return batches.labels is not None or predicts_next(model)
 
 
+def predicts_once(model: nn.Module) -> bool:
+    """Whether all tokens of an example serve one prediction."""
+    task = task_of(model)
+    return task == "question-answering" or "classification" in task.replace("token-classification", "")
+
+
 def num_predictions(model: nn.Module, batches: Batches) -> int:
     """How many predictions the loss over all data is the sum of: one a token, or one an example."""
-    if task_of(model) == "question-answering" or "classification" in task_of(model).replace("token-classification", ""):
+    if predicts_once(model):
         return batches.num_examples
     return batches.num_tokens if isinstance(batches.seq_len, int) else batches.seq_len[-1] * batches.num_examples
 

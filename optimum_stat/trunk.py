@@ -96,7 +96,7 @@ def rank_trunk(model: Any, structures: Sequence[str], batches: Batches, seed: in
     blocks = {_name(index): block for index, block in enumerate(find_blocks(model))}
     linears = {group.name: group.consumer for site in stream.sites for group in site}
     found = outputs_of(model, {**linears, **blocks, "end": model.base_model}, batches, seed)
-    worth = {name: 0.5 / nats * output.fisher for name, output in found.items()}
+    worth = {name: 0.5 / nats * output.worth for name, output in found.items()}
     scaled = {site[0].name: torch.cat([_scaled(group, worth[group.name]) for group in site]) for site in stream.sites}
     end = worth["end"] * found["end"].energy * batches.num_tokens  # a head whose weight is tied cannot be corrected
     cost, lost = end.clone(), torch.zeros(len(blocks), dtype=torch.float64)

@@ -17,7 +17,7 @@ from optimum_stat import STATConfig, STATPruner
 from optimum_stat.budget import Ranking, model_cost
 from optimum_stat.data import Batches
 from optimum_stat.families import Group, find_blocks, find_groups, weight
-from optimum_stat.gradients import output_fisher
+from optimum_stat.gradients import output_worth
 from optimum_stat.methods.stat_published import PublishedRanking, allocate
 from optimum_stat.probes import quiet
 from optimum_stat.slicing import slice_model
@@ -136,7 +136,7 @@ def test_error_curves_are_least_squares_residuals_for_every_size(family: str, me
     pruner = STATPruner.from_pretrained(model, STATConfig(metric=metric, ridge=ridge))
     with quiet(model):
         ranking: Ranking = pruner.rank(groups, pruner.measure(groups, _data(items)))
-        fisher = output_fisher(model, groups, _data(items), pruner.config.seed)
+        fisher = output_worth(model, groups, _data(items), pruner.config.seed)
         stream = [_inverse_energy(model, block, items) for block in find_blocks(model)]
     for group in groups:
         z, order, error = _seen(model, group.consumer, items), ranking.order[group.name], ranking.error[group.name]

@@ -20,7 +20,7 @@ from optimum_stat.budget import options, unit_cost
 from optimum_stat.currency import Currency
 from optimum_stat.data import Batches
 from optimum_stat.families import Group, find_groups, weight
-from optimum_stat.gradients import Sensitivity, output_fisher, sensitivities
+from optimum_stat.gradients import Sensitivity, output_worth, sensitivities
 from optimum_stat.labels import IGNORED
 from optimum_stat.methods import fisher_tuning
 from optimum_stat.methods.fisher import FisherRanking, estimated_shrinkage, rearranged
@@ -351,7 +351,7 @@ def test_drawn_labels_need_none_of_the_data_and_agree_with_the_outputs_fisher() 
         weight(find_groups(model)[1].consumer)[:, :5] = 0
     with quiet(model):
         found = sensitivities(model, find_groups(model), data(batches()), 0, from_labels=False)
-        assert output_fisher(model, find_groups(model), data(batches()), 0)["0.neurons"].min() > 0
+        assert output_worth(model, find_groups(model), data(batches()), 0)["0.neurons"].min() > 0
     assert not found["0.neurons"].masks[:, :5].any()
     assert found["0.neurons"].masks[:, 5:].abs().sum(0).min() > 0
 

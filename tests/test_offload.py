@@ -20,7 +20,7 @@ from optimum_stat import FisherConfig, FisherPruner, STATConfig, STATPruner, Sur
 from optimum_stat.activations import Activations
 from optimum_stat.blocks import find_blocks
 from optimum_stat.commands import main
-from optimum_stat.gradients import output_fisher
+from optimum_stat.gradients import output_worth
 from optimum_stat.offload import brought_in, is_offloaded
 from optimum_stat.walk import BlockWalk
 
@@ -172,7 +172,7 @@ def test_gradients_by_block_are_those_of_whole_passes(tmp_path: Path) -> None:
         with pruner.at_work():
             from optimum_stat.families import find_groups
 
-            found.append(output_fisher(each, find_groups(each), batches, seed=3))
+            found.append(output_worth(each, find_groups(each), batches, seed=3))
     assert all(torch.equal(found[0][name], value) for name, value in found[1].items())
 
 

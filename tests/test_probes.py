@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from optimum_stat.data import Batches
 from optimum_stat.families import find_groups, weight
-from optimum_stat.gradients import FISHER_TOKENS, differentiable_from, first_blocks, output_fisher
+from optimum_stat.gradients import FISHER_TOKENS, differentiable_from, first_blocks, output_worth, outputs_of
 from optimum_stat.probes import device_of, on_consumer_input, on_output_gradient, quiet, real_rows
 
 
@@ -90,7 +90,7 @@ def test_probes_are_removed_after_an_exception() -> None:
             _assert_clean(model)
         broken = _data(model, [{**batch, "input_ids": batch["input_ids"] + 10_000}])
         with pytest.raises(IndexError):
-            output_fisher(model, find_groups(model), broken, seed=0)
+            output_worth(model, find_groups(model), broken, seed=0)
         _assert_clean(model)
 
 
@@ -195,10 +195,11 @@ def test_the_drawn_fisher_information_is_unbiased(family: str, head: str, change
     copies = _data(model, [{name: value.repeat(50, 1) for name, value in one.items()} for _ in range(3)])
     with quiet(model):
         exact = _exact_fisher(model, one, terms)
-        draws = [output_fisher(model, find_groups(model), copies, seed) for seed in range(12)]
+        consumers = {group.name: group.consumer for group in find_groups(model)}
+        draws = [outputs_of(model, consumers, copies, seed) for seed in range(12)]
     _assert_clean(model)
     for name, expected in exact.items():
-        each = torch.stack([draw[name] for draw in draws])
+        each = torch.stack([draw[name].fisher for draw in draws])
         assert each.dtype == torch.float64
         z = (each.mean(0) - expected) / (each.std(0) / len(draws) ** 0.5)
         off = float(each.mean() / expected.mean()) - 1
@@ -210,9 +211,9 @@ def test_the_fisher_information_is_drawn_by_seed_and_not_by_batch() -> None:
     model = tiny("llama")
     groups, data = find_groups(model), _data(model, batches())
     with quiet(model):
-        first, again, other = (output_fisher(model, groups, data, seed) for seed in (0, 0, 1))
+        first, again, other = (output_worth(model, groups, data, seed) for seed in (0, 0, 1))
         for change in ({"batch_size": 1}, {"batch_size": 6}, {"extra": 3}, {"left": True}):
-            changed = output_fisher(model, groups, _data(model, batches(**change)), 0)
+            changed = output_worth(model, groups, _data(model, batches(**change)), 0)
             for name, value in first.items():
                 torch.testing.assert_close(changed[name], value, rtol=1e-3, atol=1e-8, msg=f"{name} {change}")
     assert all(torch.equal(first[name], again[name]) for name in first)
@@ -227,7 +228,7 @@ def test_the_fisher_information_reads_examples_from_all_over_the_data(examples: 
     with quiet(model), on_consumer_input(find_groups(model)[:1], lambda group, z: seen.append(z.shape[:2].numel())):
         handle = model.get_input_embeddings().register_forward_pre_hook(lambda m, args: rows.extend(args[0].tolist()))
         rows: list[list[int]] = []
-        output_fisher(model, find_groups(model), _data(model, items), 0)
+        output_worth(model, find_groups(model), _data(model, items), 0)
         handle.remove()
     places = [int((ids == torch.tensor(row)).all(1).nonzero()[0]) for row in rows]
     assert 1024 <= sum(seen) <= 2 * FISHER_TOKENS
@@ -240,7 +241,7 @@ def test_the_fisher_information_reads_examples_from_all_over_the_data(examples: 
 def test_every_family_has_a_fisher_information(family: str) -> None:
     model = tiny(family)
     with quiet(model):
-        found = output_fisher(model, find_groups(model), _data(model, batches()), seed=0)
+        found = output_worth(model, find_groups(model), _data(model, batches()), seed=0)
     assert all(torch.isfinite(value).all() and (value > 0).all() for value in found.values())
     assert set(found) == {group.name for group in find_groups(model)}
     _assert_clean(model)

@@ -18,7 +18,7 @@ from ..correction import corrected_consumer, cut_and_correct, set_bias
 from ..currency import Currency
 from ..data import Batches
 from ..families import Group, find_blocks, groups_of_block, weight
-from ..gradients import output_fisher
+from ..gradients import output_worth
 from ..linalg import backward_elimination
 from ..probes import num_predictions
 from ..pruner import Pruner
@@ -159,7 +159,7 @@ class STATPruner(Pruner[STATConfig]):
         """What an error in each channel of the consumers' outputs is worth."""
         found = self.journal.recall(what)
         if found is None:
-            found = output_fisher(self.model, groups, batches, self.config.seed)
+            found = output_worth(self.model, groups, batches, self.config.seed)
             self.journal.keep(what, found.items())
         return found
 

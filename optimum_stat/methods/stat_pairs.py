@@ -3,7 +3,7 @@
 Attention is not linear in queries and keys, so no least-squares problem says what a pair is worth. The gradient does: the
 derivative by a factor on pair p of one token's queries is `x_p = sum of q * dL/dq` over both dimensions and the query heads of a
 key/value head, the same before the embedding has turned the pair as behind it. The Fisher information of these factors prices any
-set of pairs, in the unit in which `gradients.output_fisher` prices errors of outputs. Ours; STAT has heads and neurons.
+set of pairs, in the unit in which `gradients.output_worth` prices errors of outputs. Ours; STAT has heads and neurons.
 """
 
 from __future__ import annotations
