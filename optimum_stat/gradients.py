@@ -45,12 +45,12 @@ class Output:
     energy: Tensor
     """Its square: [out]."""
     coherence: float = 1.0
-    """How much more an example's errors matter together than each alone."""
+    """How much more an example's errors would matter together than each alone, were they as alike as the outputs."""
 
     @property
     def worth(self) -> Tensor:
-        """What a squared error of one in each channel, at one token, is worth."""
-        return self.fisher * self.coherence
+        """What a squared error of one in each channel, at one token, is worth; what corrections leave is less alike: the root."""
+        return self.fisher * self.coherence**0.5
 
 
 def output_worth(model: nn.Module, groups: list[Group], batches: Batches, seed: int) -> dict[str, Tensor]:
@@ -67,8 +67,7 @@ def outputs_of(model: nn.Module, modules: Mapping[str, nn.Module], batches: Batc
     the softmax's Fisher `diag(p) - p p^T` exactly; outputs that are not logits count as means of unit-variance Gaussians.
 
     Where one prediction reads all tokens of an example, their errors e add up before they are squared, and heads, say, err
-    in the same direction at all of them: see `Coherence`. (Predictions at every token depend on that token most; there,
-    allocations are no better for it.)
+    in the same direction at all of them: see `Coherence`. (No better for predictions at every token.)
 
     One forward and one backward pass over about 2,048 tokens. Call it inside `quiet(model)`.
     """

@@ -73,6 +73,8 @@ def test_of_a_model_with_one_prediction_an_example(family: str, head: str) -> No
             centred = consumers[name].bias is not None
             assert found[name].coherence == pytest.approx(by_hand(y, g, torch.ones(12, 9, dtype=torch.bool), centred), rel=1e-6)
         assert len({round(output.coherence, 3) for output in found.values()}) > 1
+        for output in found.values():
+            torch.testing.assert_close(output.worth, output.fisher * output.coherence**0.5)
         worth = output_worth(model, groups, _data(model, batches()), 0)
         for change in ({"batch_size": 1}, {"extra": 3}):
             for name, value in output_worth(model, groups, _data(model, batches(**change)), 0).items():

@@ -13,6 +13,7 @@ from optimum_stat.budget import Ranking
 from optimum_stat.currency import Currency
 from optimum_stat.data import Batches
 from optimum_stat.families import Group, weight
+from optimum_stat.gradients import outputs_of
 from optimum_stat.linalg import backward_elimination, error_curve, pivoted_cholesky
 from optimum_stat.methods.stat import Moments
 from optimum_stat.slicing import Plan
@@ -77,6 +78,14 @@ class CorrectedOnDense(STATPruner):  # type: ignore[misc]
         self._correct(groups, plan, batches, before_pruning=True)
 
 
+class TokensApart(STATPruner):  # type: ignore[misc]
+    """Worth of errors: those of an example's tokens count each alone, however alike they are."""
+
+    def _fisher(self, groups: list[Group], batches: Batches, what: str = "gradients") -> dict[str, Tensor]:
+        found = outputs_of(self.model, {group.name: group.consumer for group in groups}, batches, self.config.seed)
+        return {name: output.fisher for name, output in found.items()}
+
+
 def ridge(value: float) -> Callable[..., PruningConfig]:
     return lambda **asked: STATConfig(ridge=value, **asked)
 
@@ -87,6 +96,7 @@ ABLATIONS: dict[str, tuple[Any, Callable[..., PruningConfig]]] = {
     "the same share everywhere": (Uniform, STATConfig),
     "no correction": (Uncorrected, STATConfig),
     "correction on the dense network": (CorrectedOnDense, STATConfig),
+    "tokens apart": (TokensApart, STATConfig),
     "ridge 0.01": (STATPruner, ridge(0.01)),
     "ridge 0.1": (STATPruner, ridge(0.1)),
 }
