@@ -175,7 +175,7 @@ def test_what_is_there_twice_is_removed_without_loss(recipe: str, family: str):
     assert (outputs(model, held_out) - wanted).square().mean() < share * wanted.var()
 
 
-@ALL_WITH_TWO
+@ALL_WITH_ONE
 def test_saved_and_loaded_equals_in_memory(recipe: str, family: str, tmp_path):
     pruner = prune(recipe, family)
     pruner.save_pretrained(tmp_path / "pruned")

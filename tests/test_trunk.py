@@ -12,7 +12,7 @@ import pytest
 import torch
 from test_methods import pruner_for
 from test_probes import _data
-from tiny import batches, many, outputs, tiny
+from tiny import batches, many, one_in_three, outputs, tiny
 from torch import Tensor, nn
 
 from optimum_stat import FisherConfig, MovementConfig, STATConfig, STATPruner, SurgeonConfig, trunk
@@ -132,9 +132,10 @@ def test_the_correction_is_the_ridge_solution():
     torch.testing.assert_close(first.weight.double(), start + change, rtol=1e-3, atol=1e-4)
 
 
-@pytest.mark.parametrize("family", ["llama", "bert", "gpt2"])
-@pytest.mark.parametrize("recipe", RECIPES)
-@pytest.mark.parametrize("structures", [("hidden",), ("neurons", "layers"), ALL])
+@pytest.mark.parametrize(
+    ("structures", "recipe", "family"),
+    one_in_three([("hidden",), ("neurons", "layers"), ALL], RECIPES, ["llama", "bert", "gpt2"]),
+)
 def test_every_method_keeps_the_budget_and_the_model_loads_again(recipe: str, family: str, structures: Any, tmp_path):
     shots = {"shots": 1} if recipe == "surgeon" else {}
     pruner = pruner_for(recipe, tiny(family, **layers(family)), keep=0.45, structures=structures, round_to=4, **shots)

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from test_slicing import divide_at_random
-from tiny import ROWS, batches, data_of, many, outputs, plenty, tiny
+from tiny import ROWS, batches, data_of, many, one_in_three, outputs, plenty, tiny
 from torch import Tensor, nn
 
 from optimum_stat import (
@@ -180,10 +180,10 @@ def pruner_for(family: str, **asked: Any) -> STATPruner:
     return STATPruner.from_pretrained(poor(family), STATConfig(**{"keep": 0.5, "structures": ALL, "round_to": 4, **asked}))
 
 
-@pytest.mark.parametrize("family", SOME)
-@pytest.mark.parametrize(
-    "asked", [{"budget": "params"}, {"budget": "macs"}, {"metric": "stream"}, {"structures": ("values", "neurons"), "keep": 0.6}]
-)
+ASKED = [{"budget": "params"}, {"budget": "macs"}, {"metric": "stream"}, {"structures": ("values", "neurons"), "keep": 0.6}]
+
+
+@pytest.mark.parametrize(("family", "asked"), one_in_three(SOME, ASKED))
 def test_within_the_budget_and_the_model_loads_again(family: str, asked: dict[str, Any], tmp_path: Any):
     pruner = pruner_for(family, **asked)
     config, dense = pruner.config, copy.deepcopy(pruner.model)
