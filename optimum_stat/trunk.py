@@ -83,12 +83,12 @@ def join(ranking: Ranking, model: Any, config: PruningConfig, batches: Batches, 
 def rank_trunk(model: Any, structures: Sequence[str], batches: Batches, seed: int, nats: float) -> Ranking:
     """Orders and errors of "layers" and "hidden", those of the two that `structures` asks for.
 
-    A block's error is `sum over tokens of F (y - x)^2`, x what it reads and y what it hands on, F the diagonal of the Fisher
-    information at y; blocks go one by one, without correction, and their errors add up. The first never goes: it stands at
+    A block's error is `sum over tokens of F (y - x)^2`, x what it reads and y what it hands on, F what errors are worth
+    at y; blocks go one by one, without correction, and their errors add up. The first never goes: it stands at
     infinity.
 
     A dimension's error is what all linears that read the stream lose, after each was corrected, plus what the head reads:
-    with G the Gram matrix of what is read, W the weight and F the Fisher information at a linear's output, dimensions are
+    with G the Gram matrix of what is read, W the weight and F the worth of errors at a linear's output, dimensions are
     ordered by `sum over linears of |F^(1/2) W_j|^2 / (G + ridge diag G)^-1_jj`, then the errors of that order are exact.
     Two passes over the data and one backward over about 2,048 tokens. nats: what an error of 1 in the result stands for.
     """
