@@ -4,7 +4,7 @@
 
 DATA: a folder with train_first3MB.txt and valid.txt. Calibration: 16 windows of 512 tokens of the training text, starts drawn
 with torch.randint under the seed. Score: exp of the mean negative log-likelihood over the first 12 windows of 512 tokens of
-valid.txt. Budget: parameters of the decoder layers. float32.
+valid.txt. Budget: parameters of the decoder layers. float32. On a GPU with `--device cuda`.
 """
 
 from __future__ import annotations
@@ -53,6 +53,7 @@ def main() -> None:
     parser.add_argument("--recipes", nargs="+", choices=RECIPES, default=["stat", "stat, gradient-free"])
     parser.add_argument("--windows", type=int, default=16)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="of the calibration windows")
+    parser.add_argument("--device", default="cpu")
     parser.add_argument("--name", help="what to call the model in results (default: as its folder)")
     parser.add_argument("--results", type=Path, help="append a JSON line for each run to this file (see draw_results.py)")
     args = parser.parse_args()
@@ -61,6 +62,7 @@ def main() -> None:
     for keep, recipe, seed in product(args.keep, args.recipes, args.seeds):
         method, make = RECIPES[recipe]
         pruner = method.from_pretrained(args.model, make(keep=keep, budget="params", seed=seed), dtype=torch.float32, **extra)
+        pruner.model.to(args.device)
         windows = calibration(pruner.tokenizer, args.data, args.windows, seed)
         timed = [{"input_ids": part} for part in windows[:TIMED].split(8)]
         share = len(windows[:TIMED]) / len(windows)
@@ -100,7 +102,7 @@ def calibration(tokenizer: Any, data: Path, windows: int, seed: int = 0) -> torc
 @torch.no_grad()
 def perplexity(model: torch.nn.Module, tokenizer: Any, data: Path, windows: int = 12) -> float:
     ids = tokenizer((data / "valid.txt").read_text(), return_tensors="pt")["input_ids"][0]
-    rows = ids[: windows * SEQ_LEN].view(windows, SEQ_LEN)
+    rows = ids[: windows * SEQ_LEN].view(windows, SEQ_LEN).to(next(model.parameters()).device)
     model.eval()
     losses = [F.cross_entropy(model(row[None]).logits[0, :-1].float(), row[1:]).item() for row in rows]
     return math.exp(sum(losses) / len(losses))

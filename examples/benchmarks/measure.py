@@ -11,11 +11,13 @@ import torch
 @torch.no_grad()
 def forward_seconds(model: torch.nn.Module, batches: Iterable[dict[str, torch.Tensor]], repeats: int = 2) -> float:
     """Best of `repeats` forward passes of the whole model over the calibration batches."""
-    times = []
+    device, times = next(model.parameters()).device, []
     for _ in range(repeats):
         start = time.perf_counter()
         for batch in batches:
-            model(**batch)
+            model(**{name: value.to(device) for name, value in batch.items()})
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
         times.append(time.perf_counter() - start)
     return min(times)
 

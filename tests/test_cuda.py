@@ -1,0 +1,125 @@
+"""Every method on a GPU, and what it gives beside the CPU. Skipped where there is none."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from accelerate import dispatch_model
+from test_methods import RECIPES, TRAINED, WITHOUT_TRAINING
+from tiny import data_of, outputs, plenty, tiny
+from transformers import PreTrainedModel
+
+from optimum_stat import STATConfig, STATPruner
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+CUDA = torch.device("cuda")
+STRUCTURES = {
+    "llama": [("heads", "neurons", "values"), ("neurons", "pairs", "values"), ("heads", "neurons", "layers", "hidden")],
+    "bert": [("heads", "neurons", "values"), ("hidden",)],
+    "mixtral": [("heads", "neurons", "experts")],
+}
+
+
+def prune(recipe: str, model: PreTrainedModel, family: str, **asked: Any) -> Any:
+    method, config = RECIPES[recipe]
+    pruner = method.from_pretrained(model, config(**{"keep": 0.6, **asked}))
+    pruner.prune(plenty(family))
+    return pruner
+
+
+def on_cuda(model: PreTrainedModel) -> bool:
+    return all(each.device.type == "cuda" for each in (*model.parameters(), *model.buffers()))
+
+
+def kept(pruner: Any) -> dict[str, int]:
+    return {group.name: group.kept for group in pruner.report.groups}
+
+
+def close(one: PreTrainedModel, other: PreTrainedModel, family: str) -> None:
+    batch = data_of(family)[0]
+    here, there = outputs(one.cpu(), batch), outputs(other.cpu(), batch)
+    torch.testing.assert_close(here, there, rtol=0, atol=2e-3 * float(there.abs().max()))
+
+
+@pytest.mark.parametrize("family", ["bert", "llama", "gpt2"])
+@pytest.mark.parametrize("recipe", WITHOUT_TRAINING)
+def test_the_same_model_as_on_the_cpu(recipe: str, family: str) -> None:
+    here, there = prune(recipe, tiny(family), family), prune(recipe, tiny(family).to(CUDA), family)
+    assert on_cuda(there.model)
+    assert kept(here) == kept(there)
+    close(there.model, here.model, family)
+
+
+@pytest.mark.parametrize("family", ["bert", "llama"])
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_saved_from_a_gpu_and_loaded_anywhere(recipe: str, family: str, tmp_path: Path) -> None:
+    pruner = prune(recipe, tiny(family).to(CUDA), family)
+    assert on_cuda(pruner.model)
+    assert pruner.report.reached <= 0.6
+    pruner.save_pretrained(tmp_path)
+    batch = data_of(family)[0]
+    for device in ("cpu", "cuda"):
+        loaded = type(pruner.model).from_pretrained(tmp_path, device_map=device)
+        assert {each.device.type for each in loaded.parameters()} == {device}
+        close(loaded, pruner.model, family)
+        assert torch.isfinite(outputs(loaded, batch)).all()
+
+
+@pytest.mark.parametrize("recipe", TRAINED)
+def test_a_model_that_was_not_moved_there(recipe: str) -> None:
+    pruner = prune(recipe, tiny("bert"), "bert")
+    assert len({each.device for each in pruner.model.parameters()}) == 1
+
+
+@pytest.mark.parametrize(("family", "structures"), [(family, each) for family, all_ in STRUCTURES.items() for each in all_])
+def test_all_structures(family: str, structures: tuple[str, ...]) -> None:
+    here = prune("stat-fisher", tiny(family), family, structures=structures, keep=0.8)
+    there = prune("stat-fisher", tiny(family).to(CUDA), family, structures=structures, keep=0.8)
+    assert on_cuda(there.model)
+    assert kept(here) == kept(there)
+    close(there.model, here.model, family)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("recipe", WITHOUT_TRAINING)
+def test_half_precision(recipe: str, dtype: torch.dtype) -> None:
+    model = tiny("llama").to(CUDA, dtype)
+    before = outputs(model, {name: value.to(CUDA) for name, value in data_of("llama")[0].items()})
+    pruner = prune(recipe, model, "llama")
+    after = outputs(pruner.model, {name: value.to(CUDA) for name, value in data_of("llama")[0].items()})
+    assert {each.dtype for each in pruner.model.parameters()} == {dtype}
+    assert torch.isfinite(after).all()
+    assert float((after - before).float().norm() / before.float().norm()) < 1
+
+
+def test_distilled() -> None:
+    pruner = prune("stat-fisher", tiny("llama").to(CUDA), "llama", distill_epochs=2)
+    assert on_cuda(pruner.model)
+
+
+@pytest.mark.parametrize("phase", ["prefill", "decode"])
+def test_measured_milliseconds(phase: str) -> None:
+    """Of blocks large enough that their kernels take longer than it takes to start them."""
+    model = tiny("llama", hidden_size=512, intermediate_size=32768).to(CUDA)
+    asked = {"budget": "latency", "serve_phase": phase, "serve_batch_size": 8, "serve_seq_len": 512, "keep": 0.9}
+    pruner = prune("fisher", model, "llama", tune=False, **asked)
+    assert "cuda" in pruner.currency.table.setting.device
+    assert pruner.report.latency.predicted <= 0.9 * pruner.report.latency.dense
+
+
+def test_a_family_of_sizes() -> None:
+    pruners = [STATPruner.from_pretrained(tiny("bert").to(device), STATConfig()) for device in ("cpu", "cuda")]
+    families = [pruner.sweep(plenty("bert"), [0.8, 0.6]) for pruner in pruners]
+    assert [kept(here) for here in families[0]] == [kept(there) for there in families[1]]
+
+
+@pytest.mark.parametrize("recipe", ["stat-fisher", "fisher", "surgeon"])
+def test_blocks_that_wait_on_the_cpu(recipe: str) -> None:
+    model = tiny("llama")
+    places = dict.fromkeys([f"model.layers.{i}" for i in range(1, model.config.num_hidden_layers)], "cpu")
+    places |= dict.fromkeys(["model.layers.0", "model.embed_tokens", "model.norm", "model.rotary_emb", "lm_head"], 0)
+    away = prune(recipe, dispatch_model(model, places, main_device=0), "llama")
+    assert kept(away) == kept(prune(recipe, tiny("llama").to(CUDA), "llama"))
