@@ -13,6 +13,8 @@ from tiny import data_of, outputs, plenty, tiny
 from transformers import PreTrainedModel
 
 from optimum_stat import STATConfig, STATPruner
+from optimum_stat.latency_timing import measure_table
+from optimum_stat.timing import Setting
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 CUDA = torch.device("cuda")
@@ -100,14 +102,19 @@ def test_distilled() -> None:
     assert on_cuda(pruner.model)
 
 
-@pytest.mark.parametrize("phase", ["prefill", "decode"])
-def test_measured_milliseconds(phase: str) -> None:
+def test_measured_milliseconds() -> None:
     """Of blocks large enough that their kernels take longer than it takes to start them."""
-    model = tiny("llama", hidden_size=512, intermediate_size=32768).to(CUDA)
-    asked = {"budget": "latency", "serve_phase": phase, "serve_batch_size": 8, "serve_seq_len": 512, "keep": 0.9}
+    model = tiny("llama", hidden_size=512, intermediate_size=8192).to(CUDA)
+    asked = {"budget": "latency", "serve_batch_size": 16, "serve_seq_len": 512, "keep": 0.9}
     pruner = prune("fisher", model, "llama", tune=False, **asked)
-    assert "cuda" in pruner.currency.table.setting.device
     assert pruner.report.latency.predicted <= 0.9 * pruner.report.latency.dense
+    assert pruner.currency.table.setting.device == f"cuda ({torch.cuda.get_device_name()})"
+
+
+def test_measured_milliseconds_of_decoding() -> None:
+    model = tiny("llama").to(CUDA)
+    found = measure_table(model, 8, Setting.of(model, "decode", 2, 16))
+    assert found.total > 0
 
 
 def test_a_family_of_sizes() -> None:

@@ -131,7 +131,7 @@ class MaskedWeight(nn.Module):
         score, mask = self._look_up(self._layer)
         is_linear = isinstance(self._layer.linear, nn.Linear)
         w = stored if is_linear else stored.T
-        masked: Tensor = _Masked.apply(w, score, mask.to(w.dtype), self._layer.gathered)  # type: ignore[no-untyped-call]
+        masked: Tensor = _Masked.apply(w, score, mask.to(w), self._layer.gathered)  # type: ignore[no-untyped-call]
         return masked if is_linear else masked.T
 
 
@@ -145,4 +145,4 @@ class MaskedBias(nn.Module):
 
     def forward(self, bias: Tensor) -> Tensor:
         """[out]."""
-        return bias * self._look_up(self._layer)[1].any(1).to(bias.dtype)
+        return bias * self._look_up(self._layer)[1].any(1).to(bias)

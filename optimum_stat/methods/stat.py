@@ -142,7 +142,7 @@ class STATPruner(Pruner[STATConfig]):
                 source = group.name if group.name in pairs else readers[group.consumer].name
                 gram = grams.pop(source) if source == group.name else grams[source]
                 like = torch.ones(weight(group.consumer).shape[0], dtype=torch.float64, device=gram.device)
-                metric = fisher.get(group.name, like * worth)
+                metric = fisher.get(group.name, like * worth).to(gram.device)
                 if math.isnan(worth) or not torch.isfinite(metric).all():
                     what = f"What block {index} gives" if math.isnan(worth) else f"The gradient at {group.name}"
                     raise ValueError(f"{what} is NaN or infinite; nothing can be decided from it. {OVERFLOW}")
