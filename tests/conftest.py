@@ -1,4 +1,4 @@
-"""One thread, no network, no progress bars, and a fixed seed before every test."""
+"""One thread, no network, no progress bars, pictures only where they are looked at, and a fixed seed before every test."""
 
 from __future__ import annotations
 
@@ -12,6 +12,8 @@ import pytest
 import torch
 from transformers.utils import logging
 
+from optimum_stat import plots
+
 torch.set_num_threads(1)
 logging.disable_progress_bar()
 
@@ -21,3 +23,10 @@ def seed() -> int:
     """The seed of torch's own generator at the start of every test."""
     torch.manual_seed(0)
     return 0
+
+
+@pytest.fixture(autouse=True)
+def _no_pictures(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As without matplotlib, an extra, unless the test is marked "pictures": drawing takes longer than pruning a tiny model."""
+    if request.node.get_closest_marker("pictures") is None:
+        monkeypatch.setattr(plots, "available", lambda: False)

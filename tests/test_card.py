@@ -20,6 +20,8 @@ from optimum_stat import STATConfig, STATPruner, plots
 from optimum_stat.card import Paper, render, write
 from optimum_stat.methods import METHODS
 
+pytestmark = pytest.mark.pictures
+
 CARDS = Path(__file__).parent.parent / "model_cards"
 PAPERS = {pruner.method: pruner.paper for pruner in METHODS}
 

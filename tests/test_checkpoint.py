@@ -18,6 +18,8 @@ from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, PreTrainedT
 from optimum_stat import STATConfig, STATPruner
 from optimum_stat.families import find_groups
 
+pytestmark = pytest.mark.pictures
+
 FILES = ["README.md", "config.json", "model.safetensors", "modeling_stat.py", "stat_recipe.json"]
 TOKENIZER = ["tokenizer.json", "tokenizer_config.json"]
 

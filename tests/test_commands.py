@@ -35,6 +35,8 @@ from optimum_stat.config import PruningConfig
 from optimum_stat.methods import METHODS
 from optimum_stat.slicing import slice_model
 
+pytestmark = pytest.mark.pictures
+
 BIN = Path(sys.executable).parent
 SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}
 WORDS = ["First", "Citizen", "All", "Speak", "we", "are", "to", "die", "rather", "than", "you", "know", "the", "people", "him"]

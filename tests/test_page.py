@@ -14,6 +14,8 @@ import pytest
 from optimum_stat import page, plots
 from optimum_stat.commands import main
 
+pytestmark = pytest.mark.pictures
+
 CARDS = Path(__file__).parent.parent / "model_cards"
 FOLDERS = [CARDS / "minilm-sst2-stat", CARDS / "minilm-sst2-vib", CARDS / "smollm2-135m-stat"]
 VOID = {"meta", "br", "link", "img", "hr", "input"}

@@ -19,6 +19,8 @@ from optimum_stat.budget import Cost
 from optimum_stat.speed import Speed, Spread
 from optimum_stat.sweep_report import Size, SweepReport
 
+pytestmark = pytest.mark.pictures
+
 CARDS = Path(__file__).parent.parent / "model_cards"
 PAGES = {"light": "#ffffff", "dark": "#0b0f19"}  # the Hub's
 
