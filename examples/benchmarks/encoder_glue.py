@@ -6,7 +6,8 @@ Dev sets are small (872 sentences in SST-2: a difference of half a point is with
 examples instead. The model was fine-tuned on them, so compare recipes by it, not with published numbers.
 
 TASK: sst2, stsb or cola. MODEL: a folder or Hub id (`finetune_minilm.py` makes one); DATA: a folder with train.parquet and
-dev.parquet. Calibration: 512 training examples drawn under the seed, with their labels; budget: MACs; score on dev, float32.
+dev.parquet. Calibration: training examples drawn under the seed, 512 or --examples, with their labels; budget: MACs; score on
+dev, float32.
 """
 
 from __future__ import annotations
@@ -57,6 +58,7 @@ def main() -> None:
     parser.add_argument("--keep", type=float, nargs="+", default=[0.7, 0.6, 0.5, 0.4, 0.3])
     parser.add_argument("--recipes", nargs="+", choices=RECIPES, default=["stat", "fisher"])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--examples", type=int, default=512, help="training examples to calibrate on")
     parser.add_argument(
         "--held-out", type=int, default=0, help="score on so many training examples instead of dev: ones that no calibration saw"
     )
@@ -64,7 +66,7 @@ def main() -> None:
     parser.add_argument("--results", type=Path, help="append a JSON line for each run to this file (see draw_results.py)")
     args = parser.parse_args()
     task, (train, dev) = TASKS[args.task], read(args.data)
-    samples = {seed: train.shuffle(seed=seed).select(range(512)) for seed in args.seeds}
+    samples = {seed: train.shuffle(seed=seed).select(range(args.examples)) for seed in args.seeds}
     if args.held_out:
         dev = held_out(task, train, samples.values(), args.held_out)
     tokenizer = AutoTokenizer.from_pretrained(args.model)
