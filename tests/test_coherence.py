@@ -13,6 +13,7 @@ from torch import Tensor
 from optimum_stat.coherence import Coherence
 from optimum_stat.families import find_groups, weight
 from optimum_stat.gradients import output_worth, outputs_of
+from optimum_stat.methods.stat_pairs import by_pair, worth_of_pairs
 from optimum_stat.probes import on_output_gradient, predicts_once, quiet
 
 
@@ -79,6 +80,26 @@ def test_of_a_model_with_one_prediction_an_example(family: str, head: str) -> No
         for change in ({"batch_size": 1}, {"extra": 3}):
             for name, value in output_worth(model, groups, _data(model, batches(**change)), 0).items():
                 torch.testing.assert_close(value, worth[name], rtol=1e-3, atol=1e-8)
+
+
+@pytest.mark.parametrize("head", ["SequenceClassification", "CausalLM"])
+def test_of_rotary_pairs(head: str) -> None:
+    """What a pair of every token hands on adds up over the example that one prediction reads."""
+    model = tiny("llama", head)
+    groups, seen = find_groups(model, ("pairs",)), dict[str, list[Tensor]]()
+
+    def watch(name: str, y: Tensor, g: Tensor) -> None:
+        seen.setdefault(name, []).append((y.double() * g.double()).flatten(0, -2))
+
+    with quiet(model), on_output_gradient({group.name: group.producers[0].linear for group in groups}, watch):
+        found = worth_of_pairs(model, groups, _data(model, batches((9,) * 12, 4)), seed=0)
+    ratios = []
+    for group in groups:
+        x = by_pair(group, torch.cat(seen[group.name]))
+        ratio = x.view(12, 9, -1).sum(1).square().sum() / x.square().sum()
+        ratios.append(abs(float(ratio) - 1))
+        torch.testing.assert_close(found[group.name], x.T @ x * (ratio.sqrt() if predicts_once(model) else 1))
+    assert max(ratios) > 0.05
 
 
 def test_where_every_token_is_predicted_each_counts_alone() -> None:

@@ -3,7 +3,8 @@
 Attention is not linear in queries and keys, so no least-squares problem says what a pair is worth. The gradient does: the
 derivative by a factor on pair p of one token's queries is `x_p = sum of q * dL/dq` over both dimensions and the query heads of a
 key/value head, the same before the embedding has turned the pair as behind it. The Fisher information of these factors prices any
-set of pairs, in the unit in which `gradients.output_worth` prices errors of outputs. Ours; STAT has heads and neurons.
+set of pairs, in the unit in which `gradients.output_worth` prices errors of outputs, and with the root of the same ratio where
+one prediction reads all tokens of an example (`coherence.Coherence`). Ours; STAT has heads and neurons.
 """
 
 from __future__ import annotations
@@ -15,11 +16,13 @@ from ..data import Batches
 from ..families import Group
 from ..few_pairs import narrow_pairs
 from ..gradients import Loss, Passes, some_examples
-from ..probes import on_output_gradient
+from ..probes import on_output_gradient, predicts_once
 
 
 def worth_of_pairs(model: nn.Module, groups: list[Group], batches: Batches, seed: int) -> dict[str, Tensor]:
     """`sum over tokens of E[x^T x]`, x [pairs of all key/value heads] as above: [pairs, pairs] a group; float64, on the CPU.
+
+    Times the root of `sum over examples of |sum_t x|^2 / sum over tokens of |x|^2` where a prediction reads the whole example.
 
     From one forward and one backward pass over about 2,048 tokens; no labels. Call it inside `quiet(model)`.
     """
@@ -27,16 +30,25 @@ def worth_of_pairs(model: nn.Module, groups: list[Group], batches: Batches, seed
     passes = Passes(model, parts, Loss(model, parts, seed, from_labels=False), batches.processes, "Gradients of pairs")
     sums = {group.name: torch.zeros(group.units, group.units, dtype=torch.float64) for group in groups}
     counts = {group.name: torch.zeros(1, dtype=torch.float64) for group in groups}
+    together = {group.name: torch.zeros(1, dtype=torch.float64) for group in groups}
 
     def add(name: str, output: Tensor, gradient: Tensor) -> None:
         group = by_name[name]
-        rows = by_pair(group, passes.real_rows(output.double() * gradient.double(), group.mask)).cpu()
+        products = output.double() * gradient.double()
+        rows = by_pair(group, passes.real_rows(products, group.mask)).cpu()
         sums[name] += rows.T @ rows
         counts[name] += len(rows)
+        together[name] += by_pair(group, passes.by_example(products, group.mask).sum(1)).square().sum().cpu()
 
     passes.run(lambda: on_output_gradient({group.name: group.producers[0].linear for group in groups}, add))
-    batches.processes.add_up(*sums.values(), *counts.values())
-    return {name: total * (batches.num_tokens / counts[name]) for name, total in sums.items()}
+    batches.processes.add_up(*sums.values(), *counts.values(), *together.values())
+    once = predicts_once(model)
+    return {
+        name: total
+        * (batches.num_tokens / counts[name])
+        * ((together[name] / total.trace()).sqrt() if once and total.any() else 1)
+        for name, total in sums.items()
+    }
 
 
 def by_pair(group: Group, products: Tensor) -> Tensor:
