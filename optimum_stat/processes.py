@@ -56,7 +56,7 @@ class Processes:
         if self.count == 1 or not sums:
             return
         on = PartialState().device if torch.distributed.get_backend() != "gloo" else torch.device("cpu")
-        flat = sums[0] if len(sums) == 1 else torch.cat([each.flatten() for each in sums])
+        flat = sums[0] if len(sums) == 1 else torch.cat([each.flatten().to(on) for each in sums])
         total = flat.to(on).contiguous()
         try:
             torch.distributed.all_reduce(total)
