@@ -22,7 +22,7 @@ import torch
 from ablations import ABLATIONS
 from datasets import Dataset
 from glue import TASKS, Task, read, score
-from measure import forward_seconds
+from measure import in_turn
 from results import Result, by_keep
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
@@ -79,8 +79,8 @@ def main() -> None:
         config, sample = make(keep=keep, budget="macs"), samples[seed]
         pruner = method(load(args.model), config, tokenizer)
         batches = make_batches(sample, dense.config, config, causal=False, tokenizer=tokenizer)
-        floor = forward_seconds(dense, batches)
         model = pruner.prune(sample, **({"label_column": task.label} if pruner.labels != "none" else {}))
+        before_seconds, after_seconds = in_turn(dense, model, batches=batches)
         result = Result.of(
             pruner,
             benchmark=f"{args.name or Path(args.model).name}, {task.title}{' (training examples)' if args.held_out else ''}",
@@ -89,8 +89,8 @@ def main() -> None:
             seed=seed,
             score=score(task, model, tokenizer, dev),
             dense=before,
-            dense_seconds=floor,
-            pruned_seconds=forward_seconds(model, batches),
+            dense_seconds=before_seconds,
+            pruned_seconds=after_seconds,
         )
         result.append(args.results)
         found.append(result)

@@ -22,6 +22,12 @@ def forward_seconds(model: torch.nn.Module, batches: Iterable[dict[str, torch.Te
     return min(times)
 
 
+def in_turn(*models: torch.nn.Module, batches: Iterable[dict[str, torch.Tensor]], repeats: int = 3) -> list[float]:
+    """`forward_seconds` of each, one after the other, again and again: what slows the machine slows all of them."""
+    times = [[forward_seconds(model, batches, 1) for model in models] for _ in range(repeats)]
+    return [min(own) for own in zip(*times, strict=True)]
+
+
 def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     """A Markdown table."""
     lines = [head, ["---"] * len(head), *rows]
