@@ -1,4 +1,4 @@
-"""Every method on a GPU, and what it gives beside the CPU. Skipped where there is none."""
+"""Every method on a GPU; what those that do not train give there, beside the CPU. Skipped where there is none."""
 
 from __future__ import annotations
 

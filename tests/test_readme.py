@@ -32,7 +32,7 @@ def minilm():
 def workplace(tmp_path_factory, minilm):
     folder = tmp_path_factory.mktemp("readme")
     lines = (ROOT / "optimum_stat" / "shakespeare.txt").read_text().splitlines()
-    (folder / "sentences.txt").write_text("\n".join([line for line in lines if len(line) > 30][:64]))
+    (folder / "sentences.txt").write_text("\n".join([line for line in lines if len(line) > 30][:200]))
     with HubServer() as hub:
         files = {name: (minilm / name).read_bytes() for name in FILES}
         hub.repos[BASE] = Repo(BASE, False, [Commit("first", files)])
