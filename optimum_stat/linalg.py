@@ -168,8 +168,8 @@ def backward_elimination(gram: Tensor, weight: Tensor, block: int = 1, ridge: fl
     the change of weight). With `H = gram^-1` and weights optimal for the units left, removing block B costs exactly
     `tr(W_B^T (H_BB)^-1 W_B)`. A metric on the output enters through `weight`: pass `M^(1/2) W`.
 
-    Greedy over all units while there are at most 64 of them, else over the 64 that are cheapest at the start of every
-    32 removals; the costs are exact in either case, to the precision of `gram`.
+    Greedy over all units if they are wide or at most 64, else over the 64 that are cheapest at the start of every 32 removals;
+    the costs are exact in either case, to the precision of `gram`.
     Source: optimal brain surgeon for structures (ZipLM, 2302.04089), in the order-recursive form.
     """
     inverse = torch.cholesky_inverse(cholesky(damped(gram, ridge)))
@@ -219,51 +219,46 @@ def _remove_units(inverse: Tensor, rows: Tensor, gone: Tensor, block: int) -> No
 def _cheapest_units(inverse: Tensor, rows: Tensor, open_: Tensor, block: int) -> tuple[Tensor, Tensor]:
     """The next units to remove, in order, and what each costs; the arguments are left as they are.
 
-    Costs depend on the rows through their products only, so the pool is a pair of small square matrices: its part of the
-    inverse, and `energy = rows rows^T`.
+    Wide units one by one. Single columns many at once: costs depend on the rows through their products only, so the pool is a
+    pair of small square matrices, its part of the inverse, and `energy = rows rows^T`.
     """
     scores = torch.where(open_, _costs(inverse, rows, block), torch.inf)
-    pool = scores.topk(min(POOL, int(open_.sum())), largest=False).indices
-    at = unit_columns(pool, block)
-    own, energy = _square_part(inverse, at), rows[at] @ rows[at].T
-    picked, spent = _eliminate(own.double().cpu().numpy(), energy.double().cpu().numpy(), block)
+    pool = scores.topk(min(POOL, int(open_.sum())) if block == 1 else 1, largest=False).indices
+    if block > 1:
+        return pool, scores[pool].clamp_min(0)
+    own, energy = _square_part(inverse, pool), rows[pool] @ rows[pool].T
+    picked, spent = _eliminate(own.double().cpu().numpy(), energy.double().cpu().numpy())
     return pool[torch.tensor(picked, device=pool.device)], torch.tensor(spent, dtype=rows.dtype, device=rows.device)
 
 
-def _eliminate(inverse: Matrix, energy: Matrix, block: int) -> tuple[list[int], list[float]]:
-    """Greedy elimination within the pool, in place. NumPy: thousands of tiny steps, each cheaper than a torch call."""
-    units = len(inverse) // block
-    closed = np.zeros(units)
+def _eliminate(inverse: Matrix, energy: Matrix) -> tuple[list[int], list[float]]:
+    """Greedy elimination within the pool. NumPy: thousands of tiny steps, each cheaper than a torch call.
+
+    Of the two matrices only the diagonals are kept up to date, and a row is when its turn comes: removing unit u takes
+    `spread row^T` from the inverse and `spread half^T + half spread^T` from the energy.
+    """
+    of_inverse, of_energy, closed = inverse.diagonal().copy(), energy.diagonal().copy(), np.zeros(len(inverse))
+    count = min(PANEL, len(inverse))
+    rows, spreads, halves = np.empty((3, count, len(inverse)))
     gone: list[int] = []
     spent: list[float] = []
-    for _ in range(min(PANEL, units)):
-        costs = closed + _pool_costs(inverse, energy, block)
+    for step in range(count):
+        costs = closed + of_energy / of_inverse
         unit = int(costs.argmin())
-        own = slice(unit * block, (unit + 1) * block)
         gone.append(unit)
         spent.append(max(0.0, float(costs[unit])))  # rounding may take copies below zero
-        spread = np.linalg.solve(inverse[own, own], inverse[own]).T if block > 1 else inverse[:, own] / inverse[own, own]
-        half = spread @ (energy[own] - energy[own, own] @ spread.T / 2)
-        energy -= half
-        energy -= half.T
-        inverse -= spread @ inverse[own]
-        inverse[own, own] = np.eye(block)
-        closed[unit] = np.inf
+        row = rows[step] = inverse[unit] - spreads[:step, unit] @ rows[:step]
+        own = energy[unit] - spreads[:step, unit] @ halves[:step] - halves[:step, unit] @ spreads[:step]
+        spread = spreads[step] = row / row[unit]
+        half = halves[step] = own - own[unit] / 2 * spread
+        of_inverse -= spread * row
+        of_energy -= 2 * spread * half
+        of_inverse[unit], closed[unit] = 1, np.inf
     return gone, spent
 
 
-def _pool_costs(inverse: Matrix, energy: Matrix, block: int) -> Matrix:
-    """What removing each unit costs now: `tr((H_BB)^-1 W_B W_B^T)`, [units]."""
-    if block == 1:
-        return energy.diagonal() / inverse.diagonal()
-    starts = range(0, len(inverse), block)
-    inner = np.stack([inverse[i : i + block, i : i + block] for i in starts])
-    outer = np.stack([energy[i : i + block, i : i + block] for i in starts])
-    return np.linalg.solve(inner, outer).trace(axis1=1, axis2=2)
-
-
 def _costs(inverse: Tensor, rows: Tensor, block: int) -> Tensor:
-    """`_pool_costs` for all units, without forming all products of rows."""
+    """What removing each unit costs now: `tr(W_B^T (H_BB)^-1 W_B)`, [units]."""
     if block == 1:
         return rows.square().sum(1) / inverse.diagonal()
     units = len(rows) // block

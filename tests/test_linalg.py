@@ -181,7 +181,8 @@ def test_backward_elimination_is_greedy_with_refits(seed: int, units: int, block
 
 
 def _pooled_greedy(gram: np.ndarray, weight: np.ndarray, block: int) -> list[int]:
-    """The documented rule for many units: PANEL removals among the POOL cheapest; every cost from a fresh inverse."""
+    """The documented rule for many units: single columns are PANEL removals among the POOL cheapest; every cost from a fresh inverse."""
+    panel, candidates = (linalg.PANEL, linalg.POOL) if block == 1 else (1, None)
     left, removed = list(range(len(gram) // block)), []
 
     def costs() -> dict[int, float]:
@@ -193,8 +194,8 @@ def _pooled_greedy(gram: np.ndarray, weight: np.ndarray, block: int) -> list[int
 
     while left:
         now = costs()
-        pool = sorted(now, key=now.__getitem__)[: linalg.POOL]
-        for _ in range(min(linalg.PANEL, len(pool))):
+        pool = sorted(now, key=now.__getitem__)[:candidates]
+        for _ in range(min(panel, len(pool))):
             now = costs()
             gone = min(pool, key=now.__getitem__)
             removed.append(gone)
