@@ -151,7 +151,7 @@ def choose(
     error stays below the best sum so far.
     """
     at = {name: len(ranking.order[name]) for name in structures}
-    best, least = at, _error(allocate, at, groups, ranking, keep, currency)
+    best, least = at, _error(allocate, at, groups, ranking, keep, currency) if structures else 0.0
     for axis in (*structures, *structures[:-1]):
         for size in tqdm(_sizes(axis, ranking, currency), desc=f"Trying {axis}", unit="size", leave=False):
             tried = {**at, axis: size}

@@ -181,7 +181,7 @@ def test_backward_elimination_is_greedy_with_refits(seed: int, units: int, block
 
 
 def _pooled_greedy(gram: np.ndarray, weight: np.ndarray, block: int) -> list[int]:
-    """The documented rule for many units: single columns are PANEL removals among the POOL cheapest; every cost from a fresh inverse."""
+    """The documented rule: of single columns, PANEL removals among the POOL cheapest; every cost from a fresh inverse."""
     panel, candidates = (linalg.PANEL, linalg.POOL) if block == 1 else (1, None)
     left, removed = list(range(len(gram) // block)), []
 
