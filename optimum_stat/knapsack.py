@@ -44,7 +44,7 @@ def allocate_exactly(
     for name in sizes:
         least.append(_with_group(least[-1], steps[name], lost[name]))
     at, left = {}, bins
-    for name in reversed(sizes.keys()):
+    for name in reversed(list(sizes)):
         least.pop()
         at[name] = _choice(least[-1], steps[name], lost[name], left)
         left -= int(steps[name][at[name]])
