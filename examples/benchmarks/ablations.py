@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from optimum_stat import PruningConfig, STATConfig, STATPruner
+from optimum_stat import FisherConfig, FisherPruner, PruningConfig, STATConfig, STATPruner
 from optimum_stat.budget import Ranking
 from optimum_stat.currency import Currency
 from optimum_stat.data import Batches
@@ -64,6 +64,13 @@ class Uniform(STATPruner):  # type: ignore[misc]
         raise ValueError(f"keep={keep} cannot be reached with the same share everywhere.")
 
 
+class ByMasks(FisherPruner):  # type: ignore[misc]
+    """Selection and allocation: Kwon et al.'s, by the Fisher information of masks, the labels' loss; the rest as it is."""
+
+    def repair(self, groups: list[Group], plan: Plan, batches: Batches) -> None:
+        STATPruner(self.model, STATConfig())._correct(groups, plan, batches)
+
+
 class Uncorrected(STATPruner):  # type: ignore[misc]
     """Correction: none, what stays is as it was."""
 
@@ -91,6 +98,7 @@ def ridge(value: float) -> Callable[..., PruningConfig]:
 
 
 ABLATIONS: dict[str, tuple[Any, Callable[..., PruningConfig]]] = {
+    "selection by masks": (ByMasks, FisherConfig),
     "selection by energy": (ByEnergy, STATConfig),
     "selection by pivoted QR": (ByPivots, STATConfig),
     "the same share everywhere": (Uniform, STATConfig),
