@@ -30,7 +30,7 @@ def allocate_exactly(
         ValueError: even the cheapest sizes cost more than the limit.
     """
     base = {name: min(values) for name, values in costs.items()}
-    spare = limit - sum(base.values())
+    spare = limit - math.fsum(base.values())
     if spare < 0:
         raise ValueError(
             f"The budget leaves {limit:,.6g} for heads and neurons, but the smallest plan costs {limit - spare:,.6g}. Keep more."
@@ -38,7 +38,7 @@ def allocate_exactly(
     extra = {name: np.asarray(values, dtype=np.float64) - base[name] for name, values in costs.items()}
     measure = _measure(list(extra.values()), spare)
     bins = int(spare / measure)
-    steps = {name: np.minimum(np.ceil(cost / measure - 1e-9), bins + 1).astype(np.int64) for name, cost in extra.items()}
+    steps = {name: np.minimum(np.ceil(cost / measure), bins + 1).astype(np.int64) for name, cost in extra.items()}
     lost = {name: error[name].double().cpu().numpy()[np.asarray(sizes[name])] for name in sizes}
     least = [np.zeros(bins + 1)]
     for name in sizes:

@@ -16,7 +16,11 @@ from optimum_stat import STATConfig, STATPruner
 from optimum_stat.latency_timing import measure_table
 from optimum_stat.timing import Setting
 
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+pytestmark = [
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
+    # torch says so of the thread of a process's first backward pass, and makes the context that it misses
+    pytest.mark.filterwarnings("ignore:Attempting to run cuBLAS:UserWarning"),
+]
 CUDA = torch.device("cuda")
 STRUCTURES = {
     "llama": [("heads", "neurons", "values"), ("neurons", "pairs", "values"), ("heads", "neurons", "layers", "hidden")],
