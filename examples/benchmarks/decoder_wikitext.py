@@ -19,13 +19,14 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from ablations import ABLATIONS
-from measure import forward_seconds, table
+from measure import in_turn, table
 from results import Result, by_keep
+from transformers import AutoModelForCausalLM
 
 from optimum_stat import FisherConfig, FisherPruner, STATConfig, STATPruner, VIBConfig, VIBPruner
 
 SEQ_LEN = 512
-TIMED = 16  # windows of a forward pass that is timed; more take as long each
+TIMED = 16  # windows of the forward passes that are timed, of both models in turn; more take as long each
 VALUES = ("heads", "neurons", "values")
 RECIPES: dict[str, tuple[Any, Callable[..., Any]]] = {
     "stat": (STATPruner, STATConfig),
@@ -58,19 +59,19 @@ def main() -> None:
     parser.add_argument("--results", type=Path, help="append a JSON line for each run to this file (see draw_results.py)")
     args = parser.parse_args()
     extra: dict[str, Any] = {"gguf_file": args.gguf_file} if args.gguf_file else {}
-    dense, found = None, []
+    dense = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32, **extra).to(args.device).eval()
+    before, found = None, []
     for keep, recipe, seed in product(args.keep, args.recipes, args.seeds):
         method, make = RECIPES[recipe]
         pruner = method.from_pretrained(args.model, make(keep=keep, budget="params", seed=seed), dtype=torch.float32, **extra)
         pruner.model.to(args.device)
         windows = calibration(pruner.tokenizer, args.data, args.windows, seed)
-        timed = [{"input_ids": part} for part in windows[:TIMED].split(8)]
-        share = len(windows[:TIMED]) / len(windows)
-        if dense is None:
-            dense = perplexity(pruner.model, pruner.tokenizer, args.data)
-            print(f"{args.model}: perplexity of the dense model {dense:.2f}; {windows.numel():,} tokens", flush=True)
-        before = forward_seconds(pruner.model, timed) / share
+        if before is None:
+            before = perplexity(dense, pruner.tokenizer, args.data)
+            print(f"{args.model}: perplexity of the dense model {before:.2f}; {windows.numel():,} tokens", flush=True)
         model = pruner.prune(windows)
+        dense_seconds, pruned_seconds = in_turn(dense, model, batches=[{"input_ids": part} for part in windows[:TIMED].split(8)])
+        share = len(windows[:TIMED]) / len(windows)
         result = Result.of(
             pruner,
             benchmark=f"{args.name or Path(args.model).name}, WikiText-2" + f", {args.windows} windows" * (args.windows != 16),
@@ -78,9 +79,9 @@ def main() -> None:
             recipe=recipe,
             seed=seed,
             score=perplexity(model, pruner.tokenizer, args.data),
-            dense=dense,
-            dense_seconds=before,
-            pruned_seconds=forward_seconds(model, timed) / share,
+            dense=before,
+            dense_seconds=dense_seconds / share,
+            pruned_seconds=pruned_seconds / share,
         )
         result.append(args.results)
         found.append(result)
