@@ -43,16 +43,12 @@ def distill(model: nn.Module, teacher: nn.Module, batches: Batches, epochs: int,
     # fused: on CPU a quarter of the time, which is otherwise half of a step's
     groups = [{"params": [master]} for master in masters]
     optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
-    generator = torch.Generator().manual_seed(seed)
-    lessons = [
-        parts[int(at)]
-        for parts in (_lessons(model, batches, start=STEP * epoch // epochs) for epoch in range(epochs))
-        for at in torch.randperm(len(parts), generator=generator)
-    ]
+    parts, generator = _lessons(model, batches), torch.Generator().manual_seed(seed)
+    order = [int(at) for _ in range(epochs) for at in torch.randperm(len(parts), generator=generator)]
     with quiet(teacher), torch.enable_grad():
-        for step, lesson in enumerate(tqdm(lessons, desc="Distilling", unit="batch")):
-            _backward(model, teacher, {name: value.to(device_of(model)) for name, value in lesson.items()})
-            share = min((step + 1) / (WARM_UP * len(lessons)), 1 - step / len(lessons))
+        for step, at in enumerate(tqdm(order, desc="Distilling", unit="batch")):
+            _backward(model, teacher, {name: value.to(device_of(model)) for name, value in parts[at].items()})
+            share = min((step + 1) / (WARM_UP * len(order)), 1 - step / len(order))
             for group, size, master, weight in zip(optimizer.param_groups, sizes, masters, weights, strict=True):
                 group["lr"] = RATE * share * size
                 master.grad, weight.grad = None if weight.grad is None else weight.grad.float(), None
@@ -62,18 +58,15 @@ def distill(model: nn.Module, teacher: nn.Module, batches: Batches, epochs: int,
                     weight.copy_(master if zeros is None else master.masked_fill_(zeros, 0))
 
 
-def _lessons(model: Any, batches: Batches, start: int = 0) -> list[dict[str, Tensor]]:
-    """Inputs of each step: whole examples, or, of causal language models, to which it is a text as well, a piece of one.
-
-    Texts are cut at `start` and at every `STEP` tokens from there, so that another pass has other contexts.
-    """
+def _lessons(model: Any, batches: Batches) -> list[dict[str, Tensor]]:
+    """Inputs of each step: whole examples, or, of causal language models, to which it is a text as well, a piece of one."""
     whole = [inputs for inputs, _ in small_parts(batches, STEP)]
     if task_of(model) != "text-generation":
         return whole
     pieces = [
-        {name: value[:, max(0, at) : at + STEP] for name, value in inputs.items()}
+        {name: value[:, start : start + STEP] for name, value in inputs.items()}
         for inputs in whole
-        for at in range(start - STEP if start else 0, inputs["input_ids"].shape[1], STEP)
+        for start in range(0, inputs["input_ids"].shape[1], STEP)
     ]
     real = [piece["attention_mask"].any(1) for piece in pieces]
     return [{k: v[rows] for k, v in piece.items()} for piece, rows in zip(pieces, real, strict=True) if rows.any()]
