@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from typing import Any
 
 import torch
@@ -16,6 +17,9 @@ from .probes import Prediction, device_of, predictions, quiet, small_parts
 
 RATE = 0.001
 """Largest step of a weight, as a share of the root mean square of its tensor."""
+NEAR = 0.0005
+"""The same as a share of the square root of the divergence that a step sees, in nats, all its predictions together: where little
+is wrong, or few predictions say so (a classifier has ten in a step), longer steps lead away from the teacher."""
 STEP = 128
 """Tokens of a step. SmolLM2 at 0.75, 8,192 tokens, one pass: perplexity 27.35; in steps of 256 28.05, of 512 28.23."""
 WARM_UP = 0.1  # of all steps
@@ -32,8 +36,9 @@ def distill(model: nn.Module, teacher: nn.Module, batches: Batches, epochs: int,
 
     The loss is the mean over predictions of the Kullback-Leibler divergence from the teacher's distribution, or half of the
     squared difference where the output is no logits. Adam, whose steps are a share of each tensor's size, so that one rate
-    serves all models; it rises over the first tenth of the steps and falls to zero. Weights that are zero stay zero. The blocks
-    get new parameters, the old ones stay as they are. Call it inside `quiet(model)`, which takes the gradients away again.
+    serves all models: `min(RATE, NEAR sqrt(D))`, D the divergence of all predictions of a step, mean of the steps so far; it
+    rises over the first tenth of the steps and falls to zero. Weights that are zero stay zero. The blocks get new parameters,
+    the old ones stay as they are. Call it inside `quiet(model)`, which takes the gradients away again.
     Source: Hinton et al. 1503.02531 (temperature 1); steps relative to the parameter from Adafactor (1804.04235).
     """
     weights = _renewed(model)
@@ -45,12 +50,14 @@ def distill(model: nn.Module, teacher: nn.Module, batches: Batches, epochs: int,
     optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
     parts, generator = _lessons(model, batches), torch.Generator().manual_seed(seed)
     order = [int(at) for _ in range(epochs) for at in torch.randperm(len(parts), generator=generator)]
+    lost = 0.0
     with quiet(teacher), torch.enable_grad():
         for step, at in enumerate(tqdm(order, desc="Distilling", unit="batch")):
-            _backward(model, teacher, {name: value.to(device_of(model)) for name, value in parts[at].items()})
+            lost += _backward(model, teacher, {name: value.to(device_of(model)) for name, value in parts[at].items()})
+            rate = min(RATE, NEAR * math.sqrt(max(0.0, lost) / (step + 1)))
             share = min((step + 1) / (WARM_UP * len(order)), 1 - step / len(order))
             for group, size, master, weight in zip(optimizer.param_groups, sizes, masters, weights, strict=True):
-                group["lr"] = RATE * share * size
+                group["lr"] = rate * share * size
                 master.grad, weight.grad = None if weight.grad is None else weight.grad.float(), None
             optimizer.step()
             with torch.no_grad():
@@ -83,16 +90,23 @@ def _renewed(model: nn.Module) -> list[nn.Parameter]:
     return list(new.values())
 
 
-def _backward(model: Any, teacher: Any, inputs: dict[str, Tensor]) -> None:
-    """Gradients of the loss of one batch."""
+def _backward(model: Any, teacher: Any, inputs: dict[str, Tensor]) -> float:
+    """Gradients of the loss of one batch; the divergence summed over its predictions."""
     with torch.no_grad():
-        wanted = predictions(teacher(**inputs), inputs.get(mask_of_output(model)))
+        wanted = [each.mean() for each in predictions(teacher(**inputs), inputs.get(mask_of_output(model)))]
     found = predictions(model(**inputs), inputs.get(mask_of_output(model)))
-    differences = [own.mean() - target.mean() for own, target in zip(found, wanted, strict=True)]
-    scale = 1 / max(1, *map(_count, found))
-    torch.autograd.backward(
-        [own.value for own in found], [(scale * d).to(own.value.dtype) for own, d in zip(found, differences, strict=True)]
-    )
+    means, scale = [each.mean() for each in found], 1 / max(1, *map(_count, found))
+    gradients = [(scale * (own - target)).to(each.value.dtype) for each, own, target in zip(found, means, wanted, strict=True)]
+    torch.autograd.backward([each.value for each in found], gradients)
+    return sum(_lost(each.kind, own, target) for each, own, target in zip(found, means, wanted, strict=True))
+
+
+def _lost(kind: str, own: Tensor, target: Tensor) -> float:
+    """The divergence of distributions from their targets, summed; of values half the squared difference."""
+    if kind == "values":
+        return float((own - target).square().sum()) / 2
+    least = torch.finfo(own.dtype).tiny  # padding has no probabilities, and counts nothing
+    return float((target * (target.clamp_min(least) / own.clamp_min(least)).log()).sum())
 
 
 def _count(prediction: Prediction) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import math
 from typing import Any
 
 import pytest
@@ -29,6 +30,11 @@ def data(items: list[dict[str, Tensor]]) -> Batches:
 
 def divergence(model: Any, teacher: Any, inputs: dict[str, Tensor]) -> Tensor:
     """The loss, written down once more: mean KL(teacher || model) over predictions, or half the mean squared difference."""
+    total, count = summed_and_count(model, teacher, inputs)
+    return total / count
+
+
+def summed_and_count(model: Any, teacher: Any, inputs: dict[str, Tensor]) -> tuple[Tensor, int]:
     found, wanted, mask = model(**inputs), teacher(**inputs), inputs["attention_mask"].bool()
     total, count = torch.zeros(()), 0
     for name in ("logits", "start_logits", "end_logits", "last_hidden_state"):
@@ -43,17 +49,19 @@ def divergence(model: Any, teacher: Any, inputs: dict[str, Tensor]) -> Tensor:
         elif a.dim() == 3:
             a, b = a[mask], b[mask]
         total, count = total + nn.functional.kl_div(a.log_softmax(-1), b.softmax(-1), reduction="sum"), len(a)
-    return total / count
+    return total, count
 
 
 @pytest.mark.parametrize("head", HEADS)
 def test_the_gradient_is_that_of_the_divergence(head: str) -> None:
     model, teacher = tiny("llama", head), tiny("llama", head, seed=1)
     inputs = batches()[0]
-    own._backward(model, teacher, inputs)
+    total = own._backward(model, teacher, inputs)
     found = [parameter.grad.clone() for parameter in find_blocks(model).parameters()]
     model.zero_grad()
-    divergence(model, teacher, inputs).backward()
+    expected, count = summed_and_count(model, teacher, inputs)
+    (expected / count).backward()
+    assert total == pytest.approx(float(expected.detach()), rel=1e-3)
     for mine, parameter in zip(found, find_blocks(model).parameters(), strict=True):
         torch.testing.assert_close(mine, parameter.grad, rtol=1e-3, atol=1e-5)
 
@@ -89,10 +97,10 @@ def test_a_live_model_is_whole_again_after_an_interruption(monkeypatch: pytest.M
     before = copy.deepcopy(model.state_dict())
     steps = iter(range(3))
 
-    def interrupted(*args: Any) -> None:
+    def interrupted(*args: Any) -> float:
         if next(steps, None) is None:
             raise KeyboardInterrupt
-        backward(*args)
+        return backward(*args)
 
     backward = own._backward
     monkeypatch.setattr(own, "_backward", interrupted)
@@ -111,17 +119,28 @@ def test_the_teacher_shares_every_tensor_and_outlives_the_slicing() -> None:
     assert torch.equal(outputs(teacher, batches()[0]), before)
 
 
-def test_no_step_is_longer_than_the_rate(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Adam's first step is the learning rate, in every entry that has a gradient."""
-    model = tiny("llama")
+@pytest.mark.parametrize("near", [math.inf, 0.0005, 0.0003])
+def test_no_step_is_longer_than_the_rate(near: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Adam's first step is the learning rate, in every entry that has a gradient; a model near its teacher takes shorter ones."""
+    model, teacher, seen = tiny("llama"), tiny("llama", seed=1), batches()[:1]
     before = {name: value.detach().clone() for name, value in find_blocks(model).named_parameters()}
+    rate = min(own.RATE, near * float(summed_and_count(model, teacher, seen[0])[0].detach()) ** 0.5)
     monkeypatch.setattr(own, "WARM_UP", 1e-9)
+    monkeypatch.setattr(own, "NEAR", near)
     with quiet(model):
-        distill(model, tiny("llama", seed=1), data(batches()[:1]), 1, seed=0)
+        distill(model, teacher, data(seen), 1, seed=0)
     for name, value in find_blocks(model).named_parameters():
         size = float(before[name].square().mean().sqrt())
         step = (value - before[name]).detach().abs()
-        assert float(step.max()) == pytest.approx(own.RATE * size, rel=1e-3), name
+        assert float(step.max()) == pytest.approx(rate * size, rel=1e-3), name
+
+
+def test_a_model_like_its_teacher_learns_nothing() -> None:
+    model = tiny("bert", "SequenceClassification")
+    before = copy.deepcopy(model.state_dict())
+    with quiet(model):
+        distill(model, teacher_of(model), data(batches()), 2, seed=0)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
 @pytest.mark.parametrize("side", ["left", "right"])

@@ -37,8 +37,8 @@ def main() -> None:
     for _ in range(5):
         for neurons, model in smaller.items():
             with quiet(dense), quiet(model):
-                runs = [Workload(each, setting).run_model() for each in (model, dense)]
-                rounds.setdefault(neurons, []).append(steady_ratio(*runs, torch.device("cpu"), seconds=2.0))
+                run, beside = (Workload(each, setting).run_model() for each in (model, dense))
+                rounds.setdefault(neurons, []).append(steady_ratio(run, beside, torch.device("cpu"), seconds=2.0))
     rows = [(f"{n:,}", f"{statistics.median(own):.3f} ({min(own):.3f} to {max(own):.3f})") for n, own in rounds.items()]
     print(setting)
     print(table(("neurons in every block", "time, of the dense model's"), rows))

@@ -70,7 +70,9 @@ def main() -> None:
             before = perplexity(dense, pruner.tokenizer, args.data)
             print(f"{args.model}: perplexity of the dense model {before:.2f}; {windows.numel():,} tokens", flush=True)
         model = pruner.prune(windows)
-        dense_seconds, pruned_seconds = in_turn(dense, model, batches=[{"input_ids": part} for part in windows[:TIMED].split(8)])
+        dense_seconds, pruned_seconds = in_turn(
+            dense, model, batches=[{"input_ids": part} for part in torch.split(windows[:TIMED], 8)]
+        )
         share = len(windows[:TIMED]) / len(windows)
         result = Result.of(
             pruner,

@@ -105,7 +105,7 @@ def held_out(task: Task, train: Dataset, samples: Iterable[Dataset], count: int)
     return order.select([i for i, text in enumerate(order[task.columns[0]]) if text not in seen][:count])
 
 
-def load(path: str) -> torch.nn.Module:
+def load(path: str) -> Any:
     return AutoModelForSequenceClassification.from_pretrained(path, dtype=torch.float32).eval()
 
 

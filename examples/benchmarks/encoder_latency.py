@@ -41,6 +41,7 @@ def main() -> None:
                     pruned = FisherPruner(load(args.model), config, tokenizer)
                     pruned.prune(sample)
                 report = pruned.report
+                assert isinstance(report.seq_len, int)
                 measured = side_by_side(dense, pruned.model, batch_size, report.seq_len).ratio
                 rows.append(
                     (

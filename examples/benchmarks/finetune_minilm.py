@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import sys
 from pathlib import Path
+from typing import Any
 
 from glue import TASKS, read, score
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, DataCollatorWithPadding, Trainer, TrainingArguments
@@ -31,7 +32,7 @@ def main() -> None:
     tokenizer = AutoTokenizer.from_pretrained(args.base)
     model = AutoModelForSequenceClassification.from_pretrained(args.base, num_labels=task.num_labels)
 
-    def encode(rows: dict) -> dict:
+    def encode(rows: dict[str, Any]) -> dict[str, Any]:
         labels = [float(value) for value in rows[task.label]] if task.num_labels == 1 else rows[task.label]
         return {**tokenizer(*(rows[name] for name in task.columns), truncation=True, max_length=128), "labels": labels}
 

@@ -49,7 +49,7 @@ class Run:
 
 
 STEPS = {"learning_rate": 1e-4, "lr_scheduler_type": "linear"}
-SHORT = {"seq_len": 128, "batch_size": 4, "num_tokens": 14_000}
+SHORT: dict[str, Any] = {"seq_len": 128, "batch_size": 4, "num_tokens": 14_000}
 ENCODER = {
     "stat": Run(STATPruner, STATConfig(keep=0.5, budget="macs")),
     "fisher": Run(FisherPruner, FisherConfig(keep=0.6, budget="latency", serve_batch_size=32)),

@@ -48,7 +48,7 @@ def main() -> None:
     torch.set_default_dtype(torch.float32)
     print(f"{model.num_parameters():,} parameters on {torch.device(args.device)}", flush=True)
     windows = torch.randint(VOCABULARY, (args.num_tokens // SEQ_LEN, SEQ_LEN))
-    batches = [{"input_ids": part} for part in windows.split(8)]
+    batches = [{"input_ids": part} for part in torch.split(windows, 8)]
     before = forward_seconds(model, batches)
     method = next(each for each in METHODS if each.method == args.method)
     pruner = method(model, method.config_class(keep=args.keep, num_tokens=args.num_tokens, max_examples=len(windows)))

@@ -42,8 +42,8 @@ def main() -> None:
             small = copy.deepcopy(dense)
             slice_model(small, {name: torch.arange(size) for name, size in kept.items()})
             with quiet(small):
-                runs = [Workload(model, setting).run_model() for model in (small, dense)]
-                measured = steady_ratio(*runs, torch.device("cpu"), seconds=5.0)
+                run, beside = (Workload(model, setting).run_model() for model in (small, dense))
+                measured = steady_ratio(run, beside, torch.device("cpu"), seconds=5.0)
             predicted = times.predicted(kept) / times.total
             rows.append((f"{share}", f"{predicted:.3f}", f"{measured:.3f}", f"{predicted / measured - 1:+.1%}"))
     print(f"{setting}, {times.total / 1e6:.1f} ms")

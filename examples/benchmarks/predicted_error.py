@@ -37,14 +37,16 @@ def main() -> None:
     if args.task == "lm":
         pruner = STATPruner.from_pretrained(args.model, STATConfig(budget="params"), dtype=torch.float32, **extra)
         sample: Any = calibration(pruner.tokenizer, args.data, 16)
-        ids = pruner.tokenizer((args.data / "valid.txt").read_text(), return_tensors="pt")["input_ids"][0]
+        tokenizer: Any = pruner.tokenizer
+        ids = tokenizer((args.data / "valid.txt").read_text(), return_tensors="pt")["input_ids"][0]
         evaluation = [{"input_ids": row[None]} for row in ids[: 12 * SEQ_LEN].view(12, SEQ_LEN)]
     else:
         pruner = STATPruner.from_pretrained(args.model, STATConfig(budget="params"), dtype=torch.float32)
         train, dev = read(args.data)
         sample = train.shuffle(seed=0).select(range(512))
         texts = [dev[start : start + 64][TASKS[args.task].columns[0]] for start in range(0, len(dev), 64)]
-        evaluation = [pruner.tokenizer(rows, padding=True, truncation=True, return_tensors="pt") for rows in texts]
+        tokenizer = pruner.tokenizer
+        evaluation = [tokenizer(rows, padding=True, truncation=True, return_tensors="pt") for rows in texts]
     rows, predicted, measured = [], [], []
     for small in pruner.sweep(sample, args.keep):
         predicted.append(small.report.error)

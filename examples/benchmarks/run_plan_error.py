@@ -31,7 +31,8 @@ def main() -> None:
     parser.add_argument("--metric", default="fisher")
     args = parser.parse_args()
     config = STATConfig(keep=args.keep, num_tokens=args.num_tokens, metric=args.metric)
-    rows, errors = [], []
+    rows: list[list[str]] = []
+    errors: list[float] = []
     for name in SIZES:
         with tempfile.TemporaryDirectory() as folder:
             rows.append(compare(name, config, Path(folder), errors))
@@ -46,8 +47,9 @@ def compare(name: str, config: STATConfig, folder: Path, errors: list[float]) ->
     random_llama(*SIZES[name]).save_pretrained(folder / "dense")
     planned = plan_run(str(folder / "dense"), config)
     pruner = STATPruner.from_pretrained(folder / "dense", config)
+    assert config.num_tokens is not None
     data = torch.randint(3, VOCABULARY, (config.num_tokens // SEQ_LEN, SEQ_LEN), generator=generator)
-    floor = forward_seconds(pruner.model, [{"input_ids": part} for part in data.split(config.batch_size)])
+    floor = forward_seconds(pruner.model, [{"input_ids": part} for part in torch.split(data, config.batch_size)])
     pruner.prune(data)
     pruner.save_pretrained(folder / "pruned")
     taken = sum(stage.seconds for stage in pruner.report.stages.values())

@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -43,23 +44,25 @@ def main() -> None:
     parser.add_argument("--windows", type=int, default=16)
     args = parser.parse_args()
     extra: dict[str, Any] = {"gguf_file": args.gguf_file} if args.gguf_file else {}
-    rows, floor = [], 0.0
+    rows: list[tuple[str, ...]] = []
+    floor = 0.0
     for run in args.runs:
         recipe, keep, fields = parse(run)
         pruner = make(recipe, keep, fields, args.model, dtype=torch.float32, **extra)
         windows = calibration(pruner.tokenizer, args.data, args.windows)
         if not rows:
             rows.append(("dense", "1.0", f"{perplexity(pruner.model, pruner.tokenizer, args.data):.2f}", "", "", ""))
-            floor = forward_seconds(pruner.model, [{"input_ids": part} for part in windows.split(8)])
+            floor = forward_seconds(pruner.model, [{"input_ids": part} for part in torch.split(windows, 8)])
         if recipe in ("sparsegpt", "wanda"):
             start = time.perf_counter()
             reached = prune_to_half(pruner, windows, recipe, fields["structure"])
-            numbers = reached, (time.perf_counter() - start) / floor, None, None
+            numbers = [(time.perf_counter() - start) / floor]
         else:
             pruner.prune(windows)
-            numbers = report_numbers(pruner.report, floor)
+            reached, *numbers = report_numbers(pruner.report, floor)
         score = perplexity(pruner.model, pruner.tokenizer, args.data)
-        rows.append((run, f"{numbers[0]:.4f}", f"{score:.2f}", *(f"{n:,.1f}" if n is not None else "" for n in numbers[1:])))
+        cells = [f"{number:,.1f}" for number in numbers]
+        rows.append((run, f"{reached:.4f}", f"{score:.2f}", *cells, *[""] * (3 - len(cells))))
         print(table(HEAD, rows), flush=True)
 
 
@@ -103,9 +106,9 @@ def prune_to_half(pruner: Any, windows: Tensor, recipe: str, structure: str) -> 
         for index in walk.steps(recipe):
             linears = [[*(p.linear for p in g.producers), g.consumer] for g in find_groups(pruner.model) if g.block == index]
             readers = [part for own in linears for part in (own[:-1], own[-1:])]  # those of one part read the same
-            probes = [Group(str(i), index, "", (), part[0], 1) for i, part in enumerate(readers)]
+            probes = [Group(str(i), index, "", (), part[0], 1, part[0]) for i, part in enumerate(readers)]
             grams = {probe.name: square(weight(probe.consumer).shape[1]) for probe in probes}
-            walk.run(index, probes, lambda probe, z, grams=grams: add_to_gram(grams[probe.name], z))
+            walk.run(index, probes, partial(add_to, grams))
             for probe, part in zip(probes, readers, strict=True):
                 gram = symmetrize(grams[probe.name]).float() / batches.num_tokens
                 for linear in part:
@@ -114,6 +117,10 @@ def prune_to_half(pruner: Any, windows: Tensor, recipe: str, structure: str) -> 
                     left, total = left + int(value.count_nonzero()), total + value.numel()
             walk.advance(index)
     return left / total
+
+
+def add_to(grams: dict[str, Tensor], probe: Group, z: Tensor) -> None:
+    add_to_gram(grams[probe.name], z)
 
 
 def square(width: int) -> Tensor:
@@ -162,7 +169,8 @@ def upper_factor(gram: Tensor, damping: float) -> Tensor:
     dead = h.diagonal() == 0
     h[dead, dead] = 1
     h += damping * h.diagonal().mean() * torch.eye(len(h), dtype=torch.float64)
-    return torch.linalg.cholesky(torch.linalg.inv(h), upper=True).to(gram.dtype)
+    factor: Tensor = torch.linalg.cholesky(torch.linalg.inv(h), upper=True)
+    return factor.to(gram.dtype)
 
 
 def check_sparsegpt() -> None:
