@@ -35,6 +35,7 @@ def divergence(model: Any, teacher: Any, inputs: dict[str, Tensor]) -> Tensor:
 
 
 def summed_and_count(model: Any, teacher: Any, inputs: dict[str, Tensor]) -> tuple[Tensor, int]:
+    """The sum that this is the mean of, and the number of predictions."""
     found, wanted, mask = model(**inputs), teacher(**inputs), inputs["attention_mask"].bool()
     total, count = torch.zeros(()), 0
     for name in ("logits", "start_logits", "end_logits", "last_hidden_state"):

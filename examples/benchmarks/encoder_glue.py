@@ -105,8 +105,9 @@ def held_out(task: Task, train: Dataset, samples: Iterable[Dataset], count: int)
     return order.select([i for i, text in enumerate(order[task.columns[0]]) if text not in seen][:count])
 
 
-def load(path: str) -> Any:
-    return AutoModelForSequenceClassification.from_pretrained(path, dtype=torch.float32).eval()
+def load(path: str) -> torch.nn.Module:
+    model: torch.nn.Module = AutoModelForSequenceClassification.from_pretrained(path, dtype=torch.float32)
+    return model.eval()
 
 
 if __name__ == "__main__":
