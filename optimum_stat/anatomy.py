@@ -77,7 +77,8 @@ def feeds(block: nn.Module) -> Iterator[Feed]:
     """Every pair of linears in a block between which neurons stand, one of them perhaps with a gate."""
     for path, module in block.named_modules():
         for names, name in NEURONS:
-            up, down = _all(module, names), at(module, name)
+            down = at(module, name)
+            up = [] if down is None else _all(module, names)
             if up and down is not None:
                 made, read = sum(weight(each).shape[0] for each in up), weight(down).shape[1]
                 if weight(down).shape[0] == weight(up[0]).shape[1] and made in (read, 2 * read):
@@ -153,8 +154,13 @@ def _first(module: nn.Module, names: tuple[str, ...]) -> nn.Module | None:
 
 def _all(module: nn.Module, names: tuple[str, ...]) -> list[nn.Module]:
     """All of them, or none; linears only."""
-    found = [each for name in names if (each := at(module, name)) is not None and is_linear(each)]
-    return found if len(found) == len(names) else []
+    found = list[nn.Module]()
+    for name in names:
+        each = at(module, name)
+        if each is None or not is_linear(each):
+            return []
+        found.append(each)
+    return found
 
 
 def is_linear(module: Any) -> bool:

@@ -47,7 +47,7 @@ def inputs_of(
     for name, gram in grams.items():
         for each in gram if gram.dim() == 3 else (gram,):
             symmetrize(each)
-        if not torch.isfinite(gram).all():
+        if not torch.isfinite(gram.diagonal(dim1=-2, dim2=-1)).all():  # no product is larger than both squares
             raise ValueError(
                 f"The activations that enter {name} are NaN or infinite; nothing can be decided from them. {OVERFLOW}"
             )
