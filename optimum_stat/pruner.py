@@ -23,7 +23,7 @@ from .families import Group, check_finite, find_groups
 from .journal import Journal
 from .knapsack import allocate_exactly
 from .probes import device_of, quiet
-from .report import Forecast, Lines, PruningReport, Stage, TimedStage, forward_seconds, make_report, stage_timer
+from .report import Forecast, Lines, PruningReport, Stage, TimedStage, forward_seconds, make_report, pace_again, stage_timer
 from .slicing import Plan, restored_on_error, slice_model
 from .structure import write_record
 from .survey import survey
@@ -104,9 +104,8 @@ class Pruner(ABC, Generic[C]):
     ) -> P:
         """A pruner for a Hub id, a folder or a live model.
 
-        `kwargs` (dtype, device_map, revision, gguf_file, ...) go to `AutoModel....from_pretrained`; which Auto class is
-        decided by `task` ("text-generation", "text-classification", ...) or, without it, by `config.architectures`. A
-        live model is pruned in place.
+        `kwargs` (dtype, device_map, revision, gguf_file, ...) go to `AutoModel....from_pretrained`; which Auto class is told by
+        `task` ("text-generation", "text-classification", ...), or by `config.architectures`. A live model is pruned in place.
         """
         model, tokenizer, source = checkpoint.load(model_or_path, tokenizer=tokenizer, task=task, **kwargs)
         return cls(model, config or cls.config_class(), tokenizer, source, caller_holds_model=model is model_or_path)
@@ -186,6 +185,7 @@ class Pruner(ABC, Generic[C]):
     @final
     def cut(self, groups: list[Group], ranking: Ranking, keep: float, batches: Batches, stage: TimedStage) -> Lines:
         """Decide the sizes, correct what stays, slice the rest away: first of what all blocks share, if any of it may go."""
+        self.forward_seconds = pace_again(self, batches)
         shape, self._currency = trunk.settle(self.allocate, self.config.trunk, groups, ranking, keep, self.currency, batches)
         plan, nats = self.select(shape.ranking, shape.kept), self.nats(batches)
         batches.warn_if_few(max((shape.kept[group.name] * group.width // group.active[0] for group in shape.groups), default=0))

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from .budget import Cost, Lengths
 from .data import Batches
+from .experts import opened_in
 from .families import Group
 from .latency import Latency
 from .memory import Memory
@@ -24,7 +25,7 @@ from .probes import device_of, quiet, small_parts
 if TYPE_CHECKING:
     from .pruner import Pruner
 
-PARTS = 4  # of some 512 tokens, to time a forward pass on
+FORWARD_TOKENS = 2048  # to time a forward pass on
 POINTS = 32  # of an error curve, for a picture of it
 
 
@@ -88,7 +89,8 @@ class PruningReport:
     """What the groups count: "units" that were sliced away, or "weights" that became zeros in a model of the old shape."""
     stages: dict[str, Stage] = field(default_factory=dict)
     forward_seconds: float | None = None
-    """Of one forward pass of the dense model over the calibration data, reckoned from about 2,048 tokens; None if offloaded."""
+    """Of one forward pass of the dense model over the calibration data, reckoned from about 2,048 tokens, before and after they
+    are measured; None if offloaded."""
     latency: Latency | None = None
     memory: Memory | None = None
     training: dict[str, Any] | None = None
@@ -206,7 +208,7 @@ def forward_seconds(model: Any, batches: Batches) -> float | None:
     if is_offloaded(model):
         return None
     parts, device = [inputs for inputs, _ in small_parts(batches)], device_of(model)
-    some = parts[:: -(-len(parts) // PARTS)]
+    some = parts[:: max(1, batches.num_tokens // FORWARD_TOKENS)]
 
     def seconds(parts: list[dict[str, Tensor]]) -> float:
         start = time.perf_counter()
@@ -219,6 +221,17 @@ def forward_seconds(model: Any, batches: Batches) -> float | None:
     with quiet(model):
         seconds(some[:1])
         return seconds(some) * len(parts) / len(some) / batches.processes.count
+
+
+def pace_again(pruner: Pruner[Any], batches: Batches) -> float | None:
+    """What was found before, averaged with what a pass takes now, as shared machines change their pace; the model must be dense.
+
+    Not of one whose experts are open, where every token goes through all of them.
+    """
+    before, model = pruner.forward_seconds, pruner.model
+    if before is None or opened_in(model) or pruner.cost(batches) != pruner.currency.dense:
+        return before
+    return (before + (forward_seconds(model, batches) or before)) / 2
 
 
 TimedStage = Callable[[str], AbstractContextManager[None]]
