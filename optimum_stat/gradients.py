@@ -20,6 +20,7 @@ from .families import Group, find_blocks, masks_of_linears, weight
 from .labels import loss_gradients
 from .offload import is_offloaded
 from .probes import (
+    Part,
     Prediction,
     device_of,
     on_consumer_input,
@@ -28,12 +29,9 @@ from .probes import (
     predicts_once,
     real_rows,
     small_parts,
+    some_examples,
 )
 from .processes import Processes
-
-FISHER_TOKENS = 2048  # a diagonal has one number a channel: it needs far fewer tokens than a Gram matrix
-Part = tuple[dict[str, Tensor], dict[str, Tensor] | None]
-"""Inputs and labels of some examples."""
 
 
 @dataclass(frozen=True)
@@ -69,7 +67,7 @@ def outputs_of(model: nn.Module, modules: Mapping[str, nn.Module], batches: Batc
     Where one prediction reads all tokens of an example, their errors e add up before they are squared, and heads, say, err
     in the same direction at all of them: see `Coherence`. (No better for predictions at every token.)
 
-    One forward and one backward pass over about 2,048 tokens. Call it inside `quiet(model)`.
+    One forward and one backward pass over `some_examples`. Call it inside `quiet(model)`.
     """
     totals: dict[str, Tensor] = {}
     parts = some_examples(batches)
@@ -98,13 +96,6 @@ def outputs_of(model: nn.Module, modules: Mapping[str, nn.Module], batches: Batc
     batches.processes.add_up(*found, *(each.sums for each in together.values()), *num_tokens.values())
     means = {name: total / num_tokens[name] for name, total in zip(modules, found, strict=True)}
     return {name: Output(mean[0], mean[1], together[name].value() if together else 1.0) for name, mean in means.items()}
-
-
-def some_examples(batches: Batches) -> list[Part]:
-    """About FISHER_TOKENS tokens, spread evenly over the data."""
-    parts = small_parts(batches)
-    stride = max(1, batches.num_tokens // FISHER_TOKENS)
-    return parts[min(stride, len(parts)) // 2 :: stride]
 
 
 @dataclass(frozen=True)

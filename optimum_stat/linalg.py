@@ -181,7 +181,8 @@ def backward_elimination(gram: Tensor, weight: Tensor, block: int = 1, ridge: fl
     the costs are exact in either case, to the precision of `gram`.
     Source: optimal brain surgeon for structures (ZipLM, 2302.04089), in the order-recursive form.
     """
-    left = Remainder(torch.cholesky_inverse(cholesky(damped(gram, ridge))), weight.T.to(gram.dtype).clone(), block)
+    inverse = torch.cholesky_inverse(cholesky(damped(gram, ridge))).mT  # symmetric: it only lies in memory row by row now
+    left = Remainder(inverse, weight.T.to(gram.dtype).clone(memory_format=torch.contiguous_format), block)
     removed, cost = [], []
     while left.num_open:
         gone, spent = left.cheapest()
@@ -233,7 +234,7 @@ class Remainder:
     def _costs(self) -> Tensor:
         """What removing each unit costs now: `tr(W_B^T (H_BB)^-1 W_B)`, [units]."""
         if self._block == 1:
-            return self._rows.square().sum(1) / self._own.flatten()
+            return torch.linalg.vector_norm(self._rows, dim=1).square() / self._own.flatten()
         parts = self._rows.view(len(self.units), self._block, -1)
         return (parts * torch.linalg.solve(self._own, parts)).sum((1, 2))
 

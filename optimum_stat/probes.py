@@ -20,7 +20,10 @@ from .families import Group, task_of
 from .labels import predicts_next
 from .offload import execution_device
 
+FISHER_TOKENS = 2048  # a diagonal has one number a channel: it needs far fewer tokens than a Gram matrix
 Visit = Callable[[Group, Tensor], Tensor | None]
+Part = tuple[dict[str, Tensor], dict[str, Tensor] | None]
+"""Inputs and labels of some examples."""
 
 
 @contextmanager
@@ -87,7 +90,7 @@ def quiet(model: nn.Module) -> Iterator[None]:
             getattr(module, name).requires_grad_(value)
 
 
-def small_parts(batches: Batches, tokens: int = 512) -> list[tuple[dict[str, Tensor], dict[str, Tensor] | None]]:
+def small_parts(batches: Batches, tokens: int = 512) -> list[Part]:
     """Inputs and labels of all examples, in their order, about so many tokens at a time: backward passes need memory."""
     parts, longest = [], 1 if isinstance(batches.seq_len, int) and "input_ids" in batches.items[0] else _longest(batches)
     for batch, labels in zip(batches, batches.labels or [None] * len(batches), strict=True):
@@ -96,6 +99,17 @@ def small_parts(batches: Batches, tokens: int = 512) -> list[tuple[dict[str, Ten
             own = None if labels is None else {name: value[rows] for name, value in labels.items()}
             parts.append(({name: value[rows] for name, value in batch.items()}, own))
     return parts
+
+
+def some_examples(batches: Batches) -> list[Part]:
+    """About FISHER_TOKENS tokens, spread evenly over the data."""
+    parts, stride = small_parts(batches), gradient_stride(batches.num_tokens)
+    return parts[min(stride, len(parts)) // 2 :: stride]
+
+
+def gradient_stride(num_tokens: int) -> int:
+    """Of so many tokens, gradients are taken at one in how many: of 1,024 or more, half say it as well as all."""
+    return max(1, num_tokens // FISHER_TOKENS, min(2, num_tokens // 512))
 
 
 def _longest(batches: Batches) -> int:

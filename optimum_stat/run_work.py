@@ -10,7 +10,7 @@ from torch import nn
 from .budget import unit_cost
 from .device_speed import Speeds
 from .families import Group, weight
-from .gradients import FISHER_TOKENS
+from .probes import gradient_stride
 
 
 @dataclass(frozen=True)
@@ -71,8 +71,7 @@ class Work:
         # six panels of the triangle; experts have one each, of the tokens that go through them
         grams = sum(self.num_tokens * group.active[0] * matrices(group)[1] ** 2 * 0.58 for group in self.groups)
         if metric == "fisher":
-            share = min(1.0, FISHER_TOKENS / self.num_tokens)
-            once = share * (blocks + self.head)
+            once = (blocks + self.head) / gradient_stride(self.num_tokens)
             found.append(self._stage("gradients", 2 * once, once, speeds))
         found.append(self._stage("forward pass", 0, blocks, speeds))
         found.append(self._stage("Gram matrices", grams, 0, speeds, speeds.gram))

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from optimum_stat.data import Batches
 from optimum_stat.families import find_groups, weight
-from optimum_stat.gradients import FISHER_TOKENS, differentiable_from, first_blocks, output_worth, outputs_of
-from optimum_stat.probes import device_of, on_consumer_input, on_output_gradient, quiet, real_rows
+from optimum_stat.gradients import differentiable_from, first_blocks, output_worth, outputs_of
+from optimum_stat.probes import FISHER_TOKENS, device_of, gradient_stride, on_consumer_input, on_output_gradient, quiet, real_rows
 
 
 def _data(model: nn.Module, items: list[dict[str, Tensor]]) -> Batches:
@@ -220,7 +220,9 @@ def test_the_fisher_information_is_drawn_by_seed_and_not_by_batch() -> None:
     assert all(not torch.allclose(first[name], other[name], rtol=1e-2) for name in first)
 
 
-@pytest.mark.parametrize(("examples", "length", "batch_size"), [(64, 64, 8), (400, 32, 8), (200, 60, 1), (90, 60, 90)])
+@pytest.mark.parametrize(
+    ("examples", "length", "batch_size"), [(64, 64, 8), (70, 32, 8), (400, 32, 8), (200, 60, 1), (90, 60, 90)]
+)
 def test_the_fisher_information_reads_examples_from_all_over_the_data(examples: int, length: int, batch_size: int) -> None:
     model, seen = tiny("bert", "SequenceClassification"), []
     items = batches((length,) * examples, batch_size)
@@ -235,6 +237,11 @@ def test_the_fisher_information_reads_examples_from_all_over_the_data(examples: 
     assert max(seen) <= max(1024, length)
     assert len(set(places)) == len(places)
     assert {place * 4 // examples for place in places} == {0, 1, 2, 3}, "no quarter of the data is left out"
+
+
+@pytest.mark.parametrize(("tokens", "stride"), [(1, 1), (1023, 1), (1024, 2), (6143, 2), (6144, 3), (65536, 32)])
+def test_the_fewer_tokens_the_more_of_them_get_gradients(tokens: int, stride: int) -> None:
+    assert gradient_stride(tokens) == stride
 
 
 @pytest.mark.parametrize("family", SIZES)

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from ..data import Batches
 from ..families import Group
 from ..few_pairs import narrow_pairs
-from ..gradients import Loss, Passes, some_examples
-from ..probes import on_output_gradient, predicts_once
+from ..gradients import Loss, Passes
+from ..probes import on_output_gradient, predicts_once, some_examples
 
 
 def worth_of_pairs(model: nn.Module, groups: list[Group], batches: Batches, seed: int) -> dict[str, Tensor]:
@@ -24,7 +24,7 @@ def worth_of_pairs(model: nn.Module, groups: list[Group], batches: Batches, seed
 
     Times the root of `sum over examples of |sum_t x|^2 / sum over tokens of |x|^2` where a prediction reads the whole example.
 
-    From one forward and one backward pass over about 2,048 tokens; no labels. Call it inside `quiet(model)`.
+    From one forward and one backward pass over `some_examples`; no labels. Call it inside `quiet(model)`.
     """
     parts, by_name = some_examples(batches), {group.name: group for group in groups}
     passes = Passes(model, parts, Loss(model, parts, seed, from_labels=False), batches.processes, "Gradients of pairs")
