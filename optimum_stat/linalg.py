@@ -210,7 +210,9 @@ class Remainder:
 
     def _stand(self, inverse: Tensor, rows: Tensor) -> None:
         """Nothing is lost yet."""
-        self._inverse, self._rows, self._lost = inverse, rows, inverse[:0]
+        self._inverse, self._rows = inverse, rows
+        self._room = inverse.new_empty(len(rows) // 5 + PANEL + self._block, len(rows))
+        self._lost = self._room[:0]
         self._open = torch.ones_like(self.units, dtype=torch.bool)
         shape = (len(self.units), self._block)
         self._own = inverse.view(*shape, *shape).diagonal(dim1=0, dim2=2).permute(2, 0, 1).contiguous()
@@ -246,11 +248,14 @@ class Remainder:
         lost = torch.linalg.solve_triangular(factor, beside, upper=False)
         self._rows.addmm_(lost.T, torch.linalg.solve_triangular(factor, self._rows[columns], upper=False), alpha=-1)
         parts = lost.view(len(lost), len(self.units), count)
-        self._own -= torch.einsum("kui,kuj->uij", parts, parts)
+        squares = lost.square().sum(0).view_as(self._own) if count == 1 else torch.einsum("kui,kuj->uij", parts, parts)
+        self._own -= squares
         self._own[gone] = torch.eye(count, dtype=lost.dtype, device=lost.device)
         self._open[gone] = False
         self.num_open -= len(gone)
-        self._lost = torch.cat([self._lost, lost])
+        start, stop = len(self._lost), len(self._lost) + len(lost)
+        self._room[start:stop] = lost
+        self._lost = self._room[:stop]
         if self.num_open < 0.8 * len(self.units):
             self._compress()
 
