@@ -102,7 +102,7 @@ def small_parts(batches: Batches, tokens: int = 512) -> list[Part]:
 
 
 def some_examples(batches: Batches) -> list[Part]:
-    """About FISHER_TOKENS tokens, spread evenly over the data."""
+    """About FISHER_TOKENS tokens, or half of fewer, or all of very few; spread evenly over the data."""
     parts, stride = small_parts(batches), gradient_stride(batches.num_tokens)
     return parts[min(stride, len(parts)) // 2 :: stride]
 
@@ -175,7 +175,8 @@ def real_rows(rows: Tensor, mask: Tensor | None) -> Tensor:
     flat = rows.reshape(-1, rows.shape[-1])
     if mask is None or bool(mask.all()):
         return flat
-    return flat.index_select(0, mask.flatten().nonzero().flatten())  # a third of the time that flat[mask] takes
+    real = mask.flatten().nonzero().flatten().to(flat.device)
+    return flat.index_select(0, real)  # a third of the time that flat[mask] takes
 
 
 def device_of(model: nn.Module) -> torch.device:
