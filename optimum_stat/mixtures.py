@@ -35,7 +35,7 @@ def rank_experts(model: Any, batches: Batches, seed: int, nats: float) -> Rankin
     An expert's error is `sum over tokens of F (y' - y)^2`, y what all experts of its block give together and y' what they give
     once its row of the router is gone, so that its tokens go to the best of the others and shares are made anew; F is the
     diagonal of the Fisher information at y. Experts go one by one, and their errors add up. As many of each block as a token
-    goes through never go: the best stand at infinity. One pass over the data, and one backward over about 2,048 tokens. Ours.
+    goes through never go: the best stand at infinity. One pass over the data, and one backward over `some_examples`. Ours.
     nats: what an error of 1 in the result stands for.
     """
     mixtures = find_mixtures(model)

@@ -102,7 +102,7 @@ def small_parts(batches: Batches, tokens: int = 512) -> list[Part]:
 
 
 def some_examples(batches: Batches) -> list[Part]:
-    """About FISHER_TOKENS tokens, or half of fewer, or all of very few; spread evenly over the data."""
+    """One part in `gradient_stride`, spread evenly over the data: about FISHER_TOKENS tokens where there are many."""
     parts, stride = small_parts(batches), gradient_stride(batches.num_tokens)
     return parts[min(stride, len(parts)) // 2 :: stride]
 

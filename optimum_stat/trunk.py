@@ -90,7 +90,7 @@ def rank_trunk(model: Any, structures: Sequence[str], batches: Batches, seed: in
     A dimension's error is what all linears that read the stream lose, after each was corrected, plus what the head reads:
     with G the Gram matrix of what is read, W the weight and F the worth of errors at a linear's output, dimensions are
     ordered by `sum over linears of |F^(1/2) W_j|^2 / (G + ridge diag G)^-1_jj`, then the errors of that order are exact.
-    Two passes over the data and one backward over about 2,048 tokens. nats: what an error of 1 in the result stands for.
+    Two passes over the data and one backward over `some_examples`. nats: what an error of 1 in the result stands for.
     """
     stream = find_stream(model)
     blocks = {_name(index): block for index, block in enumerate(find_blocks(model))}

@@ -39,8 +39,8 @@ class STATConfig(PruningConfig):
 
     metric: str = "fisher"
     """What an error in a consumer's output is worth: "fisher", its effect on the model's own predictions, from a backward
-    pass over about 2,048 tokens, or half of fewer (no labels needed); "stream", gradient-free, its energy relative to that
-    of the residual stream behind it, token by token."""
+    pass over about 2,048 tokens, half of them where there are 1,024 to 4,096 (no labels needed); "stream", gradient-free,
+    its energy relative to that of the residual stream behind it, token by token."""
     ridge: float | None = None
     """Damping of every least-squares problem, relative to the diagonal of its Gram matrix. Ours, the paper damps nothing.
     None: for each correction what does best on tokens held out, and 0.01 where units are chosen."""
