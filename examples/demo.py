@@ -15,7 +15,7 @@ from pathlib import Path
 
 
 def main() -> None:
-    folder = sys.argv[1] if len(sys.argv) > 1 else "minilm-half"
+    folder = sys.argv[1] if len(sys.argv) > 1 else "minilm-demo"
     model = dense_model()
     optimum_cli("prune", "--model", model, "--keep", "0.5", "--budget", "macs", "--num-tokens", "24576", folder)
     optimum_cli("evaluate", folder, "--dense", model)

@@ -156,7 +156,8 @@ def add_data_options(parser: argparse.ArgumentParser, split_help: str) -> None:
         "--text-columns",
         nargs="+",
         metavar="COLUMN",
-        help="the column with the text, or two for pairs (default: found by name, such as text, or premise and hypothesis)",
+        help="the column with the text, or two for pairs (default: found by name, such as text, or premise and hypothesis); "
+        "all up to the next option is taken, so OUTPUT or MODEL comes first",
     )
     group.add_argument("--label-column", metavar="COLUMN", help="the column with the labels (default: found by name)")
     group.add_argument("--streaming", action="store_true", help="read rows as needed instead of downloading the whole dataset")
@@ -169,7 +170,8 @@ def add_training_options(parser: argparse.ArgumentParser) -> None:
         "--training-args",
         nargs="+",
         metavar="NAME=VALUE",
-        help="fields of transformers.TrainingArguments, such as num_train_epochs=3 learning_rate=5e-5 output_dir=checkpoints",
+        help="fields of transformers.TrainingArguments, such as num_train_epochs=3 learning_rate=5e-5 output_dir=checkpoints; "
+        "all up to the next option is taken, so OUTPUT comes first",
     )
     group.add_argument("--eval-split", metavar="SPLIT", help="the part of the dataset to evaluate on (default: none)")
     group.add_argument("--teacher", help="a model to distill from (default: the dense model itself)")
@@ -211,7 +213,8 @@ def add_placing_options(parser: Any) -> None:
         "--max-memory",
         nargs="+",
         metavar="DEVICE=SIZE",
-        help="as in transformers, such as cpu=8GiB 0=20GiB: what does not fit is offloaded, to the CPU or the disk",
+        help="as in transformers, such as cpu=8GiB 0=20GiB: what does not fit is offloaded, to the CPU or the disk; "
+        "all up to the next option is taken, so OUTPUT or MODEL comes first",
     )
 
 

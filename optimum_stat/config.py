@@ -17,11 +17,11 @@ C = TypeVar("C", bound="PruningConfig")
 class PruningConfig:
     """How much to keep, and on how much data to decide it.
 
-    The budget counts the transformer blocks only: embeddings and the head on top neither count nor change.
+    Parameters and multiply-adds are counted of the transformer blocks only, and embeddings and the head on top do not change.
     """
 
     keep: float = 0.5
-    """Share of the blocks' cost that stays, in (0, 1]. Asked of the whole model, not of each layer."""
+    """Share of the cost that stays, in (0, 1]. Asked of all layers together, not of each."""
     budget: str = "params"
     """What `keep` counts: "params", "macs" (multiply-adds of one example of the calibration data's mean length), "memory" (bytes
     of all weights and, of language models, of the keys and values of what `serve_...` say), or "latency" (measured time of the

@@ -130,7 +130,7 @@ class BlockWalk:
             output = self._forward(index, batch)
             if advance:
                 self.hidden[batch] = output
-        return [torch.cat(parts) for parts in seen.values()]
+        return [parts[0] if len(parts) == 1 else torch.cat(parts) for parts in seen.values()]
 
     def _forward(self, index: int, batch: int) -> Tensor:
         hidden = self.hidden[batch]

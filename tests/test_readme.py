@@ -1,5 +1,6 @@
 """README's commands and code blocks run as they stand: the model comes from a Hub on loopback, which the push goes to."""
 
+import argparse
 import re
 import subprocess
 import sys
@@ -71,6 +72,20 @@ def test_shell_commands(workplace):
     assert re.search(r"expected error", outputs[4])
     assert re.search(r"forward passes", outputs[6])
     assert {path.name for path in (folder / "family").iterdir()} == {"0.8", "0.6", "0.4", "sweep.json"}
+
+
+def test_all_other_commands_are_ones_that_there_are():
+    """Those that stand in README for a reader's own model, and those in the cards."""
+    from optimum_stat.commands import PruneCommand
+
+    cards = [path.read_text() for path in (ROOT / "model_cards").glob("*/README.md")]
+    told = README.replace("\\\n", " ") + "".join(cards)
+    lines = re.findall(r"^ *(?:torchrun .*)?(?:optimum-cli stat|optimum-stat) prune .*OUTPUT.*", told, flags=re.M)
+    assert len(lines) == 3 + len(cards)
+    parser = argparse.ArgumentParser()
+    PruneCommand.parse_args(parser)
+    for line in lines:
+        assert str(parser.parse_args(line.partition(" prune ")[2].split()).output) == "OUTPUT", line
 
 
 def test_installation_commands_are_those_of_make():

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import re
+import argparse
+import shlex
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from transformers import TrainingArguments
 from transformers.modeling_outputs import ModelOutput
 
 from optimum_stat import MovementConfig, MovementPruner, VIBConfig, VIBPruner
+from optimum_stat.commands import PruneCommand
 from optimum_stat.families import Group, find_groups
 from optimum_stat.teacher_losses import of_layers, of_outputs
 from optimum_stat.trained import TrainedPruner
@@ -233,7 +235,12 @@ def test_metrics_before_and_after_go_into_the_card(method: str, of: tuple[str, s
     assert name in card
     assert "without retraining" not in card
     assert "- Teacher: the dense model" in card
-    assert re.search(r"--training-args .*eval_strategy=epoch", card)
+    parser = argparse.ArgumentParser()
+    PruneCommand.parse_args(parser)
+    (line,) = (line for line in card.splitlines() if line.startswith("optimum-cli stat prune "))
+    asked = parser.parse_args(shlex.split(line)[3:])
+    assert (str(asked.output), asked.method) == ("OUTPUT", pruner.method)
+    assert "eval_strategy=epoch" in asked.training_args
     assert str(tmp_path) not in card
     assert torch.equal(outputs(type(model).from_pretrained(tmp_path / "pruned"), many()[0]), outputs(pruner.model, many()[0]))
 
