@@ -21,7 +21,7 @@ class PruningConfig:
     """
 
     keep: float = 0.5
-    """Share of the cost that stays, in (0, 1]. Asked of all layers together, not of each."""
+    """Share of the blocks' cost that stays, or of the whole model's memory or latency, in (0, 1]. Of all layers together."""
     budget: str = "params"
     """What `keep` counts: "params", "macs" (multiply-adds of one example of the calibration data's mean length), "memory" (bytes
     of all weights and, of language models, of the keys and values of what `serve_...` say), or "latency" (measured time of the
