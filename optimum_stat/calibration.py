@@ -67,7 +67,7 @@ def open_journal(pruner: Pruner[Any], folder: str | Path | None, batches: Batche
         ValueError: the folder holds another run's, or the run does things that no journal keeps.
     """
     if folder is not None and (why := unjournaled(pruner)) is not None:
-        raise ValueError(f"resume_from_checkpoint asked of {why}.")
+        raise ValueError(f"resume_from_checkpoint asked of {why}: that starts anew. Leave it (--resume) out.")
     run = {
         "method": pruner.method,
         "model": pruner.source,

@@ -41,6 +41,7 @@ class Paper:
 
 
 PICTURES = "pictures"
+DENSE = "the dense model"  # as its own teacher
 ALT = {
     "kept": "The share of its heads and neurons that each block keeps",
     "errors": "The expected error of each block at every size, and the sizes that were chosen",
@@ -93,6 +94,8 @@ def render(recipe: dict[str, Any], repo_id: str, paper: Paper, pictures: Sequenc
         divided=_divided(report["groups"]),
         zeros=report.get("counts") == "weights",
         training=report.get("training"),
+        teacher=_teacher(report.get("training") or {}),
+        of_loss=recipe["config"].get("metric") != "stream",
         passes=sum(value for name, value in recipe["config"].items() if name.endswith("_epochs")),
         notes=_notes(report["groups"]),
         config_json=json.dumps(recipe["config"]),
@@ -124,6 +127,12 @@ def _asks(config: dict[str, Any]) -> dict[str, Any]:
         for name, value in config.items()
         if name not in aside and (value is not None or defaults.get(name) is not None)
     }
+
+
+def _teacher(training: dict[str, Any]) -> str | None:
+    """What `--teacher` has to say."""
+    name: str | None = training.get("teacher")
+    return None if name in (None, DENSE) else name if is_hub_id(name) else "TEACHER"
 
 
 def _results(recipe: dict[str, Any], task: str) -> list[EvalResult]:

@@ -14,6 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from . import command_values
+
 PACKAGE = Path(__file__).parent
 DEFAULT_METHOD = "stat"
 READING = ("seq_len", "num_tokens", "max_examples", "batch_size", "seed")
@@ -67,7 +69,9 @@ def add_config_options(parser: argparse.ArgumentParser, without: Sequence[str] =
     group = parser.add_argument_group("how much to keep, and on how much data to decide it")
     group.add_argument("--method", choices=sorted(known), default=DEFAULT_METHOD, help="what chooses (default: %(default)s)")
     group.add_argument(
-        "--paper", action="store_true", help="start from the method's published configuration instead of its best one"
+        "--paper",
+        action="store_true",
+        help="start from the method's published configuration instead of its best one, whose defaults are shown here",
     )
     shared, own = {field.name: field for field in shared_fields()}, dict[str, dict[str, ConfigField]]()
     for method, fields in known.items():
@@ -87,7 +91,7 @@ def add_config_options(parser: argparse.ArgumentParser, without: Sequence[str] =
 
 
 def given_config(args: argparse.Namespace) -> dict[str, Any]:
-    """The configuration's fields that the user gave. Raises KeyError, with the option, if the method has no such field."""
+    """The configuration's fields that the user gave. Raises KeyError, which says so, if the method has no such field."""
     known = methods()
     shared = {field.name: field for field in shared_fields()}
     own = {field.name: field for fields in known.values() for field in fields if field.name not in shared}
@@ -95,7 +99,8 @@ def given_config(args: argparse.Namespace) -> dict[str, Any]:
     given = {name: value for name, value in vars(args).items() if name in everything}
     wrong = sorted(given.keys() & own.keys() - {field.name for field in known[args.method]})
     if wrong:
-        raise KeyError(own[wrong[0]].flag)
+        having = [method for method, fields in known.items() if wrong[0] in {field.name for field in fields}]
+        raise KeyError(f"{own[wrong[0]].flag} is no option of method {args.method}, but of {' and '.join(having)}.")
     return given
 
 
@@ -262,35 +267,12 @@ def _help(field: ConfigField) -> str:
     return f"{field.doc} (default: {shown})"
 
 
-def names(text: str) -> tuple[str, ...]:
-    """What stands between commas."""
-    return tuple(text.split(","))
-
-
-def number(text: str) -> int | None:
-    """A whole number, or None for "none" and "all"."""
-    return None if text.lower() in ("none", "all") else int(text)
-
-
-def numbers(text: str) -> list[int]:
-    """Whole numbers above 0, with commas between them."""
-    found = [int(part) for part in text.split(",")]
-    if min(found) < 1:
-        raise ValueError
-    return found
-
-
-def real(text: str) -> float | None:
-    """A number, or None for "none"."""
-    return None if text.lower() == "none" else float(text)
-
-
 def _add_field(group: Any, field: ConfigField, text: str) -> None:
     about: dict[str, Any] = {"default": argparse.SUPPRESS, "help": text.replace("%", "%%")}
     if field.annotation == "bool":
         group.add_argument(field.flag, action=argparse.BooleanOptionalAction, **about)
     elif field.annotation.startswith("tuple"):
-        group.add_argument(field.flag, type=names, metavar="NAME,...", **about)
+        group.add_argument(field.flag, type=command_values.names, metavar="NAME,...", **about)
     else:
-        kinds = {"float": float, "int": int, "int | None": number, "float | None": real}
+        kinds = {"float": float, "int": int, "int | None": command_values.number, "float | None": command_values.real}
         group.add_argument(field.flag, type=kinds.get(field.annotation, str), **about)

@@ -29,7 +29,11 @@ class PruneCommand(Command):
         command_options.add_model_options(parser)
         group = parser.add_argument_group("publishing")
         group.add_argument(
-            "--push-to-hub", nargs="?", const="", metavar="REPO_ID", help="push too; without a name, under that of the folder"
+            "--push-to-hub",
+            nargs="?",
+            const="",
+            metavar="REPO_ID",
+            help="push too; without a name, under that of the folder (OUTPUT comes first, or is taken for the name)",
         )
         group.add_argument("--private", action="store_true", help="make the repo private if it is new")
         command_options.add_output_options(parser)
@@ -97,7 +101,7 @@ def method_and_config(args: Any) -> tuple[Any, Any]:
     try:
         given = command_options.given_config(args)
     except KeyError as error:
-        raise WrongArguments(f"{error.args[0]} is no option of method {args.method}.") from None
+        raise WrongArguments(error.args[0]) from None
     from .methods import METHODS
 
     method: Any = next(method for method in METHODS if method.method == args.method)

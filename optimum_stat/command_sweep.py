@@ -32,8 +32,12 @@ class SweepCommand(Command):
         command_options.add_config_options(parser, without=("keep",))
         command_options.add_data_options(parser, "which part of the dataset (default: train)")
         group = parser.add_argument_group("measuring", "how good and how fast the models in OUTPUT are, beside the dense one")
-        group.add_argument("--eval-dataset", metavar="DATASET", help="measure on this (default: the same dataset)")
-        group.add_argument("--eval-split", metavar="SPLIT", help="measure on this part of it (default: measure nothing)")
+        group.add_argument(
+            "--eval-dataset", metavar="DATASET", help="measure on this (default: the same dataset, if --eval-split is given)"
+        )
+        group.add_argument(
+            "--eval-split", metavar="SPLIT", help="on this part of it (default, of --eval-dataset: validation, test or train)"
+        )
         command_options.add_model_options(parser)
         command_options.add_output_options(parser)
 
@@ -46,8 +50,13 @@ class SweepCommand(Command):
             check_output(args.output)
         check_model(args.model)
         command_data.check(args.dataset)
+        from .trained import TrainedPruner
+
         eval_data = self._eval_data()
-        pruner, data = pruner_and_data(args, *method_and_config(args))
+        method, config = method_and_config(args)
+        if issubclass(method, TrainedPruner):
+            raise WrongArguments(f"--method {args.method} asked, which trains towards one size: `prune` to each by itself.")
+        pruner, data = pruner_and_data(args, method, config)
         from .sweep_report import SweepReport
 
         shares = {} if args.shares is None else {"keep": args.shares}

@@ -13,7 +13,7 @@ from typing import Any, ClassVar, final
 
 from optimum.commands.base import BaseOptimumCLICommand, CommandInfo
 
-from . import __version__, command_data, command_options
+from . import __version__, command_data, command_options, command_values
 from .command_base import LOGGER, Command, Result, WrongArguments, check_model, device, loading
 from .command_plan import PlanCommand
 from .command_prune import PruneCommand
@@ -37,7 +37,7 @@ class EvaluateCommand(Command):
         dense.add_argument("--no-dense", action="store_true", help="compare with none")
         parser.add_argument(
             "--speed",
-            type=command_options.numbers,
+            type=command_values.numbers,
             metavar="BATCH,...",
             help="time both models, in turn, on batches of so many examples, such as 1,32; both have to fit into memory",
         )
@@ -80,8 +80,8 @@ class ProfileCommand(Command):
     def parse_args(parser: Any) -> None:
         """Declare the options."""
         parser.description = (
-            "Measure how long the blocks of a model take at every size, on this device, and print the table. `prune --budget "
-            "latency` with the same options finds it remembered. Run it on a machine that does nothing else."
+            "Measure how long the blocks of a model take at every size, on this device, and print the table, and the options "
+            "with which `prune` finds it remembered. Run it on a machine that does nothing else."
         )
         parser.add_argument("model", metavar="MODEL", help="a model on the Hub, or a folder")
         parser.add_argument("-o", "--output", type=Path, metavar="FILE", help="write it here too, for --latency-table")
@@ -129,7 +129,7 @@ class ReportCommand(Command):
         args, recipes = self.args, page.read(self.args.folders)
         if args.html is not None:
             if not plots.available():
-                LOGGER.warning("matplotlib is not installed, so the page has no pictures: pip install optimum-stat[report]")
+                LOGGER.warning("matplotlib is not installed, so the page has no pictures: pip install 'optimum-stat[report]'")
             args.html.write_text(page.html(recipes), "utf-8")
         values = {"models": list(recipes), "summary": {name: values for name, values in page.summary(recipes)}}
         return page.text(recipes) + (f"\nsaved in {args.html}" if args.html else ""), values

@@ -59,9 +59,10 @@ class PruningConfig:
     structures: tuple[str, ...] = ("heads", "neurons")
     """What may go: "heads" (of key/value heads with the query heads that read them), "neurons" of the MLPs, "values" (single
     dimensions of what heads hand on) and, beside these instead of heads, "pairs" (of query and key dimensions that a rotary
-    embedding turns together; only our loader can read the results), dimensions of the "hidden" states (the residual
-    stream), whole "experts" with their rows of the router and whole "layers". Outside the blocks, only "hidden" changes
-    anything."""
+    embedding turns together; both of STAT alone, and only our loader can read the results), dimensions of the "hidden" states
+    (the residual stream), whole "experts" with their rows of the router and whole "layers". Outside the blocks, only "hidden"
+    changes anything. Under a latency budget, heads and neurons alone; movement pruning knows these only, and VTrans no
+    experts."""
 
     divides_heads: ClassVar[bool] = False
     """Whether the method knows single dimensions of heads."""
@@ -83,7 +84,9 @@ class PruningConfig:
             raise ValueError(f"distill_epochs={self.distill_epochs!r} asked; it must be a whole number of at least 0.")
         for name in ("round_to", "batch_size", "seq_len", "num_tokens", "max_examples", "serve_batch_size", "serve_seq_len"):
             value = getattr(self, name)
-            if value is not None and (not isinstance(value, int) or value < 1):
+            if value is None and name not in ("round_to", "batch_size", "serve_batch_size"):
+                continue
+            if not isinstance(value, int) or value < 1:
                 raise ValueError(f"{name}={value!r} asked; it must be a whole number of at least 1.")
 
     @property
@@ -94,7 +97,9 @@ class PruningConfig:
     def _check_structures(self) -> None:
         wrong = [name for name in self.structures if name not in STRUCTURES]
         if wrong or not self.structures or len(set(self.structures)) < len(self.structures):
-            raise ValueError(f"structures={self.structures!r} asked; it must name some of {', '.join(map(repr, STRUCTURES))}.")
+            raise ValueError(
+                f"structures={self.structures!r} asked; it must name some of {', '.join(map(repr, STRUCTURES))}, each once."
+            )
         others = [name for name in self.structures if name not in ("heads", "neurons")]
         if others and self.budget == "latency":
             raise ValueError(f"{others[0]!r} asked under a latency budget, whose table has times of heads and neurons only.")

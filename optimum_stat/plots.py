@@ -1,6 +1,6 @@
 """Pictures of a pruned model, drawn from its recipe: plain values in, matplotlib figures out.
 
-matplotlib is an extra (`pip install optimum-stat[report]`): without it, `pictures` returns none. Backgrounds are transparent,
+matplotlib is an extra (`pip install 'optimum-stat[report]'`): without it, `pictures` returns none. Backgrounds are transparent,
 and every colour stands out from white and from near-black, as one picture has to be read in a light and in a dark page.
 """
 
@@ -225,8 +225,11 @@ def _share_axis(axis: Any, of_y: bool = True) -> None:
 
 
 def _curve(axis: Any, group: Mapping[str, Any], colour: Any) -> None:
-    """One group's curve, with a dot where it ended. The last point, no error at all, has no place on a logarithmic axis."""
-    units = group["curve"][-1][0]
+    """One group's curve, with a dot where it ended. The last point, no error at all, has no place on a logarithmic axis.
+
+    After several shots it is that of the last, which began with fewer units.
+    """
+    units = group["units"]
     points = [(size / units, error) for size, error in group["curve"] if error > 0]
     axis.plot(*zip(*points, strict=True), color=colour, linewidth=1.3, alpha=0.9, zorder=2) if points else None
     chosen = [(size / units, error) for size, error in group["curve"] if size == group["kept"] and error > 0]

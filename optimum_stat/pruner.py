@@ -197,11 +197,11 @@ class Pruner(ABC, Generic[C]):
 
     @abstractmethod
     def measure(self, groups: list[Group], batches: Batches) -> Iterable[tuple[Group, Any]]:
-        """What the data says of each group, lazily and block by block: never the statistics of all blocks at once."""
+        """What the data says of each group, lazily, in the order of `groups`: never the statistics of all blocks at once."""
 
     @abstractmethod
     def rank(self, groups: list[Group], stats: Iterable[tuple[Group, Any]]) -> Ranking:
-        """An order of each group's units and the error left after keeping the first k of them, for every k."""
+        """An order of each group's units, and the error left with the first k of them. Asked block by block, see `survey`."""
 
     def allocate(self, groups: list[Group], ranking: Ranking, keep: float, currency: Currency) -> dict[str, int]:
         """How many units each group keeps, so that the model costs at most the share `keep` of the dense one."""

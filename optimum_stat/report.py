@@ -40,7 +40,8 @@ class GroupReport:
     """The predicted error at this size, as a share of the error of removing the whole group (0 if nothing was removed). In
     several shots, that of the last one."""
     expected: float
-    """The predicted increase of the loss, see `Pruner.nats`; that of all shots together."""
+    """The predicted increase of the loss, see `Pruner.nats`, or, gradient-free, the error; of methods that train, the sum of the
+    scores that go. That of all shots together."""
     note: str = ""
     """Why dropping one unit changes others too; empty where it does not."""
     curve: tuple[tuple[int, float], ...] = ()
@@ -76,7 +77,7 @@ class PruningReport:
     keep: float
     budget: str
     reached: float
-    """Share of the blocks' cost that is left; never above `keep`."""
+    """Share of the blocks' cost, or of the model's memory or latency, that is left; never above `keep`."""
     seq_len: Lengths
     num_tokens: int
     num_examples: int
@@ -97,8 +98,10 @@ class PruningReport:
     """Of methods that train: "teacher", what it was, and "arguments", those of Trainer that differ from its defaults."""
 
     @property
-    def tokens_per_unit(self) -> float:
-        """Calibration tokens per neuron kept in the widest block; below 10 the corrections fit noise."""
+    def tokens_per_unit(self) -> float | None:
+        """Calibration tokens per neuron kept in the widest block; below 10 the corrections fit noise. None of zeros."""
+        if self.counts == "weights":
+            return None
         widest = max((group.kept for group in self.groups if group.name.endswith("neurons")), default=1)
         return self.num_tokens / widest
 
@@ -109,13 +112,14 @@ class PruningReport:
 
     @property
     def error(self) -> float:
-        """The increase of the loss that the method expected: the sum over all groups, see `Pruner.nats`."""
+        """What the method expected of all groups together, see `GroupReport.expected`."""
         return sum(group.expected for group in self.groups)
 
     def to_dict(self) -> dict[str, Any]:
         """Everything, as plain JSON values."""
         passes = {"forward_passes": None if self.forward_passes is None else round(self.forward_passes, 1)}
-        return {**dataclasses.asdict(self), **passes, "error": self.error, "tokens_per_unit": round(self.tokens_per_unit, 1)}
+        per_unit = None if self.tokens_per_unit is None else round(self.tokens_per_unit, 1)
+        return {**dataclasses.asdict(self), **passes, "error": self.error, "tokens_per_unit": per_unit}
 
     def __str__(self) -> str:
         of = "the model's" if self.budget in ("latency", "memory") else "the blocks'"

@@ -18,7 +18,11 @@ if TYPE_CHECKING:
 
 
 def survey(pruner: Pruner[Any], groups: list[Group], batches: Batches) -> Ranking:
-    """The ranking of all groups. A block's is written down as soon as it is known, before the next is measured."""
+    """The ranking of all groups. A block's is written down as soon as it is known, before the next is measured.
+
+    `rank` sees the groups of one block at a time, and once none, for the class of its result, whose fields are all mappings from
+    groups' names to tensors: what it compares with other blocks it has to leave to `allocate`.
+    """
     journal = pruner.journal
     blocks = dict.fromkeys(group.block for group in groups)
     found = {block: journal.recall(f"ranking {block}") for block in blocks}

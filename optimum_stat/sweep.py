@@ -71,7 +71,10 @@ def _copied(pruner: P, keep: float) -> P:
 def forecasts(pruner: Pruner[Any], shares: list[float], batches: Batches) -> tuple[Forecast, ...]:
     """What would be kept at every share that can be reached. `shares` fall."""
     if pruner.counts == "weights":
-        raise ValueError("A plan asked of a method that makes zeros: what a weight costs depends on which others go with it.")
+        raise ValueError(
+            "A plan asked of a method that makes zeros: what a weight costs depends on which others go with it. Ask for units, "
+            "or cut (`sweep` with a folder, and shares to keep)."
+        )
     found, nats, currency = list[Forecast](), pruner.nats(batches), pruner.currency
     with pruner.at_work():
         groups = find_groups(pruner.model, pruner.config.structures)

@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
 
-from . import checkpoint
+from . import card, checkpoint
 from .blocks import reads_tokens_alone
 from .budget import Ranking
 from .currency import Currency
@@ -108,7 +108,7 @@ class TrainedPruner(Pruner[T]):
         wanted = [name for name, parameter in self.model.named_parameters() if parameter.requires_grad]
         evaluation = None if eval_dataset is None else self._read(eval_dataset, text_columns, label_column, needs="data")
         named = teacher if isinstance(teacher, str) or teacher is None else teacher.name_or_path or type(teacher).__name__
-        taught = (named or "the dense model") if self.config.distill else None
+        taught = (named or card.DENSE) if self.config.distill else None
         with tempfile.TemporaryDirectory() as spare, own_randomness():
             args = self._arguments(training_args, spare)
             self._check_arguments(args, evaluation)

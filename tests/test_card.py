@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import argparse
 import copy
+import dataclasses
 import io
 import json
 import re
@@ -16,8 +18,18 @@ import pytest
 from huggingface_hub import ModelCard
 from tiny import batches, tiny
 
-from optimum_stat import STATConfig, STATPruner, plots
+from optimum_stat import (
+    FisherConfig,
+    MovementConfig,
+    STATConfig,
+    STATPruner,
+    SurgeonConfig,
+    VIBConfig,
+    command_options,
+    plots,
+)
 from optimum_stat.card import Paper, render, write
+from optimum_stat.commands import PruneCommand
 from optimum_stat.methods import METHODS
 
 pytestmark = pytest.mark.pictures
@@ -95,15 +107,38 @@ def test_the_sizes_are_those_of_the_record(folder: Path):
 
 def test_the_commands_in_the_card_are_the_commands_that_there_are(folder: Path):
     """Every option in the line that reproduces the run is one that the command knows."""
-    import argparse
-
-    from optimum_stat.commands import PruneCommand
-
     parser = argparse.ArgumentParser()
     PruneCommand.parse_args(parser)
     line = next(line for line in (folder / "README.md").read_text().splitlines() if line.startswith("optimum-cli stat prune "))
     asked = parser.parse_args(line.split()[3:])
     assert (asked.keep, asked.budget, str(asked.output)) == (0.6, "macs", "OUTPUT")
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        STATConfig(keep=0.6, ridge=0.1, structures=("heads", "neurons", "values")),
+        STATConfig.paper(),
+        FisherConfig(keep=0.7, budget="latency", serve_compiled=True, tune=False),
+        FisherConfig.paper(),
+        SurgeonConfig.paper(structure="2:4"),
+        MovementConfig(variant="hybrid", regularization=3.0),
+        MovementConfig.paper(),
+        VIBConfig.faster(keep=0.4),
+    ],
+    ids=lambda config: type(config).__name__,
+)
+def test_the_command_in_the_card_asks_for_the_same_configuration(folder: Path, config: Any):
+    """Also where a switch is off that is on by default."""
+    (method,) = (pruner for pruner in METHODS if pruner.config_class is type(config))
+    recipe = recipe_of(folder) | {"method": method.method, "config": config.to_dict()}
+    recipe["report"]["training"] = {"teacher": "user/large", "arguments": {"max_steps": 9}}
+    (line,) = re.findall(r"^optimum-cli stat prune (.*)$", render(recipe, "me/small", method.paper), flags=re.M)
+    parser = argparse.ArgumentParser()
+    PruneCommand.parse_args(parser)
+    asked = parser.parse_args(line.split())
+    assert dataclasses.replace(type(config)(), **command_options.given_config(asked)) == config
+    assert (asked.method, asked.teacher, asked.training_args) == (method.method, "user/large", ["max_steps=9"])
 
 
 @pytest.mark.parametrize(

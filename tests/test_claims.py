@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -259,6 +260,12 @@ def test_the_published_sizes_stay_within_the_budget(family: str, keep: float, bu
 def test_the_published_algorithm_can_keep_everything(family: str) -> None:
     dense, small, items = _prune(family, STATConfig.paper(keep=1.0, budget="macs"))
     assert torch.equal(outputs(small, items[0]), outputs(dense, items[0]))
+
+
+@pytest.mark.parametrize("structures", [("heads",), ("neurons",)])
+def test_the_published_algorithm_divides_between_heads_and_neurons(structures: tuple[str, ...]) -> None:
+    with pytest.raises(ValueError, match="asked of the published algorithm, which divides between heads and neurons"):
+        replace(STATConfig.paper(), structures=structures)
 
 
 def _published_sizes(error: dict[str, list[list[float]]], tails: list[list[float]], limit: float) -> list[int]:

@@ -368,6 +368,9 @@ def test_autoload_status(capsys: pytest.CaptureFixture[str]) -> None:
         (["--keep", "0"], 2, "error: keep=0.0 asked"),
         (["--keep", "half"], 2, "argument --keep: invalid float value: 'half'"),
         (["--metric", "magic"], 2, "error: metric='magic' asked"),
+        (["--num-tokens", "1e5"], 2, "argument --num-tokens: '1e5' asked; it must be a whole number, or none."),
+        (["--ridge", "small"], 2, "argument --ridge: 'small' asked; it must be a number, or none."),
+        (["--structure", "2:4"], 2, "error: --structure is no option of method stat, but of surgeon."),
         (["--method", "magic"], 2, "argument --method: invalid choice: 'magic'"),
         (["--private"], 2, "error: --private asked without --push-to-hub."),
         (["-d", "nothing.jsonl"], 1, "error: --dataset nothing.jsonl asked, but there is no such file"),
@@ -574,6 +577,7 @@ def test_sweep_refuses_what_it_cannot_do(folders: dict[str, str], data: dict[str
         ([str(tmp_path / "out")], 2, "OUTPUT asked without --keep"),
         (["--keep", "half"], 2, "shares with commas"),
         (["--keep", "0.5,2"], 1, "must be a list of shares in (0, 1], not 2.0"),
+        (["--method", "vib"], 2, "--method vib asked, which trains towards one size"),
     ):
         with pytest.raises(SystemExit) as stopped:
             main([*start, *wrong])

@@ -56,6 +56,8 @@ def refuse(
         ({"keep": float("nan")}, "keep=nan asked"),
         ({"budget": "seconds"}, "budget='seconds' asked; it must be one of 'params', 'macs'"),
         ({"round_to": 0}, "round_to=0 asked; it must be a whole number of at least 1"),
+        ({"round_to": None}, "round_to=None asked; it must be a whole number of at least 1"),
+        ({"batch_size": None}, "batch_size=None asked; it must be a whole number of at least 1"),
         ({"batch_size": -1}, "batch_size=-1 asked"),
         ({"seq_len": 2.5}, "seq_len=2.5 asked"),
         ({"num_tokens": 0}, "num_tokens=0 asked"),

@@ -69,6 +69,7 @@ LAYERS = (
         "command_base",
         "command_data",
         "command_options",
+        "command_values",
         "command_plan",
         "command_prune",
         "command_resume",

@@ -30,9 +30,14 @@ FAMILIES = ["bert", "gpt2", "qwen2"]  # separate and fused projections, gates, s
 
 
 def masks_of(
-    model: Any, variant: str, keep: float = 0.5, regularization: float | None = None, round_to: int = 1
+    model: Any,
+    variant: str,
+    keep: float = 0.5,
+    regularization: float | None = None,
+    round_to: int = 1,
+    structures: tuple[str, ...] = ("heads", "neurons"),
 ) -> MovementMasks:
-    groups = find_groups(model)
+    groups = [group for group in find_groups(model) if group.structure in structures]
     sizes = {group.name: options(group, round_to) for group in groups}
     costs = {group.name: [unit_cost(model, group, "params", 12) * k for k in sizes[group.name]] for group in groups}
     total = sum(own[-1] for own in costs.values())
@@ -166,6 +171,13 @@ def test_the_regulariser_is_the_mean_over_structures_of_the_mean_score():
     means = [torch.cat([torch.sigmoid(masks.values[place]).flatten() for place in set(places)]).mean() for places in grids]
     assert masks.penalty().item() == pytest.approx(6 * 0.5 * (means[0] + means[1]).item(), rel=1e-5)
     assert not randomised(masks_of(tiny("bert"), "hybrid")).penalty()
+
+
+def test_the_regulariser_of_one_structure_is_its_mean_score():
+    masks = randomised(masks_of(tiny("bert"), "structured", regularization=6.0, structures=("neurons",)))
+    places = {place for layer, place in masks.places.items() if layer.group.structure == "neurons"}
+    mean = torch.cat([torch.sigmoid(masks.values[place]).flatten() for place in places]).mean()
+    assert masks.penalty().item() == pytest.approx(6 * mean.item(), rel=1e-5)
 
 
 @EACH_VARIANT

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import io
 import json
 from html.parser import HTMLParser
@@ -63,6 +64,18 @@ def test_several_models_have_a_bar_each(recipe: dict[str, Any]) -> None:
     colours = {to_rgba(bar.get_facecolor()) for bar in figure.axes[0].patches}
     assert {to_rgba(colour) for colour in plots.SERIES[:2]} < colours
     assert [text.get_text() for text in figure.legends[0].get_texts()] == ["one", "other"]
+
+
+def test_after_several_shots_the_dots_are_shares_of_the_dense_model(recipe: dict[str, Any]) -> None:
+    """The curves are those of the last shot, which began with fewer units."""
+    report = copy.deepcopy(recipe["report"])
+    for group in report["groups"]:
+        group["units"] *= 2
+    for axis, structure in zip(plots.errors(report).axes, ("heads", "neurons"), strict=True):
+        groups = [group for group in report["groups"] if group["name"].endswith(structure)]
+        dots = [line.get_xdata()[0] for line in axis.lines if line.get_marker() == "o"]
+        assert set(dots) <= {group["kept"] / group["units"] for group in groups}
+        assert max(dots) <= 0.5
 
 
 def test_the_dots_lie_on_the_curves_where_the_model_ended(recipe: dict[str, Any]) -> None:

@@ -274,6 +274,8 @@ def test_a_budget_out_of_reach_is_refused_before_any_work(monkeypatch: pytest.Mo
         ({"shots": 0}, "shots=0 asked; it must be a whole number of at least 1"),
         ({"labels": "gold"}, "labels='gold' asked; it must be one of 'data', 'model'"),
         ({"ridge": 1.5}, r"ridge=1\.5 asked"),
+        ({"ridge": None}, "ridge=None asked"),
+        ({"structure": "elements", "structures": ("neurons",)}, "whose zeros are in all linear layers of the blocks"),
         ({"max_correlate": -3}, "max_correlate=-3 asked; it must be a whole number of at least 0"),
         ({"structure": "rows"}, "structure='rows' asked; it must be one of 'units', 'elements', '2:4', 'lines'"),
         ({"structure": "lines", "budget": "macs"}, "budget='macs' asked of lines: zeros are counted in params only"),

@@ -66,7 +66,7 @@ def forecasts(results: list[Result]) -> list[str]:
 
 def against_size(results: list[Result], peers: list[dict[str, Any]]) -> Any:
     """Mean over seeds, with the range as a bar; others as crosses."""
-    figure, axis = new_figure("share kept", results[0].metric)
+    figure, (axis,) = new_figure("share kept", results[0].metric)
     for colour, (recipe, points) in zip(COLOURS, curves(results).items(), strict=False):
         shares = sorted(points, reverse=True)
         means = [fmean(result.score for result in points[share]) for share in shares]
@@ -92,7 +92,7 @@ def against_size(results: list[Result], peers: list[dict[str, Any]]) -> Any:
 
 def against_latency(results: list[Result]) -> Any:
     """One point a run."""
-    figure, axis = new_figure("time of a forward pass, dense = 1", results[0].metric)
+    figure, (axis,) = new_figure("time of a forward pass, dense = 1", results[0].metric)
     for colour, (recipe, points) in zip(COLOURS, curves(results).items(), strict=False):
         own = sorted((result for runs in points.values() for result in runs), key=lambda result: result.latency)
         axis.plot([r.latency for r in own], [r.score for r in own], "o", color=colour, label=recipe, markersize=6)
@@ -144,7 +144,7 @@ def new_figure(x: str, y: str, columns: int = 1) -> tuple[Any, Any]:
         axis.grid(True, color=FAINT, linewidth=0.8)
         for spine in axis.spines.values():
             spine.set_visible(False)
-    return figure, axes[0] if columns == 1 else axes
+    return figure, axes
 
 
 def finish(axis: Any, results: list[Result], others: list[float]) -> None:

@@ -3,8 +3,9 @@
     python examples/benchmarks/gallery.py DATA MINILM SMOLLM2 [NAME ...]
 
 DATA: a folder with sst2/{train,dev}.parquet and wikitext2_raw/{train_first1MB,test}.txt. MINILM: a folder with a classifier for
-SST-2; SMOLLM2: its .gguf file. NAME: which cards to make; all without one. A run takes minutes on one core: those of methods
-that train are short, and their cards say so. Each is measured by `optimum_stat.evaluation`, as `optimum-cli stat evaluate` does.
+SST-2; SMOLLM2: its .gguf file, whose weights of four bits are made float32. NAME: which cards to make; all without one. The
+sentences of SST-2 are drawn here: 512, or 12,000 for methods that train. A run takes minutes on one core: those that train are
+short, as `max_steps` in their cards says. Each is measured by `optimum_stat.evaluation`, as `optimum-cli stat evaluate` does.
 """
 
 from __future__ import annotations

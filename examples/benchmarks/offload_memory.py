@@ -90,6 +90,9 @@ def prune(args: argparse.Namespace) -> None:
 
     from optimum_stat import STATConfig, STATPruner
 
+    pruned = args.folder / ("pruned-in-memory" if args.in_memory else "pruned")
+    if pruned.exists():
+        raise SystemExit(f"{pruned} exists, from an earlier run: name another --folder, or delete it.")
     before, data, peaks = _bytes("VmRSS"), _bytes("VmData"), [0]
     logging.basicConfig(format="%(asctime)s %(message)s")
     logging.getLogger("optimum_stat").setLevel(logging.INFO)
@@ -109,7 +112,6 @@ def prune(args: argparse.Namespace) -> None:
     start = time.perf_counter()
     pruner.prune(tokens)
     seconds = time.perf_counter() - start
-    pruned = args.folder / ("pruned-in-memory" if args.in_memory else "pruned")
     pruner.save_pretrained(pruned)
     found = {
         "method": pruner.method,

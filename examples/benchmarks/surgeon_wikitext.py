@@ -4,8 +4,8 @@
 
 RUN: a recipe and how much it keeps, with the configuration's fields that differ from its defaults: `surgeon:0.75`,
 `surgeon:0.5:shots=8`, `surgeon:0.5:structure=2:4`, `paper:0.75:structure=units,shots=4`, `stat:0.75`,
-`surgeon:0.75:structures=heads+neurons+hidden`,
-`sparsegpt:0.5:structure=2:4`, `wanda:0.5:structure=elements`. DATA, protocol and calibration are those of decoder_wikitext.py.
+`surgeon:0.75:structures=heads+neurons+hidden`, and `sparsegpt:0.5:structure=2:4` or `wanda:0.5:structure=elements`, which keep
+half and know these two structures. DATA, protocol and calibration are those of decoder_wikitext.py.
 SparseGPT (2301.00774) and Wanda (2306.11695) stand below, layer after layer on the already pruned network; SparseGPT's update
 is checked against brute force whenever it is about to run. float32.
 """
@@ -46,8 +46,7 @@ def main() -> None:
     extra: dict[str, Any] = {"gguf_file": args.gguf_file} if args.gguf_file else {}
     rows: list[tuple[str, ...]] = []
     floor = 0.0
-    for run in args.runs:
-        recipe, keep, fields = parse(run)
+    for run, (recipe, keep, fields) in [(run, parse(run)) for run in args.runs]:
         pruner = make(recipe, keep, fields, args.model, dtype=torch.float32, **extra)
         windows = calibration(pruner.tokenizer, args.data, args.windows)
         if not rows:
@@ -70,11 +69,14 @@ def parse(run: str) -> tuple[str, float, dict[str, Any]]:
     """`recipe:keep[:field=value,field=value]`."""
     recipe, keep, *rest = run.split(":", 2)
     pairs = [pair.split("=") for pair in rest[0].split(",")] if rest else []
-    return recipe, float(keep), {name: read(getattr(SurgeonConfig(), name, ""), value) for name, value in pairs}
+    fields = {name: read(getattr(SurgeonConfig(), name, ""), value) for name, value in pairs}
+    if recipe in ("sparsegpt", "wanda") and (float(keep) != 0.5 or fields.get("structure") not in ("2:4", "elements")):
+        raise SystemExit(f"{run} asked; it must be {recipe}:0.5:structure=2:4 or {recipe}:0.5:structure=elements.")
+    return recipe, float(keep), fields
 
 
 def read(default: Any, value: str) -> Any:
-    return tuple(value.split("+")) if isinstance(default, tuple) else type(default)(value)
+    return tuple(value.split("+")) if isinstance(default, tuple) else (int if default is None else type(default))(value)
 
 
 def make(recipe: str, keep: float, fields: dict[str, Any], model: str, **extra: Any) -> Any:

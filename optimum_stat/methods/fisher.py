@@ -42,7 +42,7 @@ class FisherConfig(PruningConfig):
     tune: bool = True
     """Scale the heads and neurons that stay, layer by layer, towards a larger pruned network."""
     published: bool = False
-    """The published tuning instead of ours; set by `paper()`."""
+    """The published rearrangement and tuning instead of ours; set by `paper()`."""
 
     def __post_init__(self) -> None:
         """Refuse values that no run could honour."""

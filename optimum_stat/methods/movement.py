@@ -67,7 +67,8 @@ class MovementConfig(TrainedConfig):
     def paper(cls, keep: float = 1.0, budget: str = "params", regularization: float = 10.0) -> MovementConfig:
         """The published recipe for question answering: hybrid-filled, 32 x 32, a fixed strength of the regulariser.
 
-        20 epochs and 10 more after filling; pass `training_args={"num_train_epochs": 20}`. Source: 2109.04838 and its code.
+        20 epochs and 10 more after filling; pass `training_args={"num_train_epochs": 20}`, or `--training-args
+        num_train_epochs=20`. Source: 2109.04838 and its code.
         """
         return cls(
             keep,

@@ -115,7 +115,7 @@ class MovementMasks(Masks):
         return [{"params": list(self.values), "lr": self._learning_rate}]
 
     def penalty(self) -> Tensor:
-        """`strength * 1/2 (mean over attention of sigmoid(score) + the same over MLPs)`, means of all layers' together.
+        """`strength * 1/2 (mean over attention of sigmoid(score) + the same over MLPs)`, over all layers, of what may go.
 
         Source: the code of the paper; the strength follows the threshold. 0 where the size is controlled.
         """
@@ -124,7 +124,8 @@ class MovementMasks(Masks):
         means = []
         for structure in ("heads", "neurons"):
             places = {self.places[own] for own in self.places if own.group.structure == structure}
-            means.append(torch.cat([self.values[place].sigmoid().flatten() for place in sorted(places)]).mean())
+            if places:
+                means.append(torch.cat([self.values[place].sigmoid().flatten() for place in sorted(places)]).mean())
         return self._strength * torch.stack(means).mean()
 
     def scores(self, group: Group) -> Tensor:

@@ -64,6 +64,10 @@ class STATConfig(PruningConfig):
             raise ValueError(
                 f"'pairs' asked with metric={self.metric!r}; gradients alone say what they are worth: metric='fisher'."
             )
+        if self.published and {*self.structures} != {"heads", "neurons"}:
+            raise ValueError(
+                f"structures={self.structures!r} asked of the published algorithm, which divides between heads and neurons."
+            )
         if self.published and self.budget == "latency":
             raise ValueError(
                 "budget='latency' asked of the published algorithm, which only divides params, macs or memory: ask for macs."
@@ -80,9 +84,10 @@ class STATConfig(PruningConfig):
     def paper(cls, keep: float = 0.5, budget: str = "macs") -> STATConfig:
         """The published algorithm: pivoted QR, depth weights, two global thresholds, neurons before heads, no ridge.
 
-        With three defects of the authors' early code fixed: residuals of heads are un-permuted before they meet the
+        With four defects of the authors' early code fixed: residuals of heads are un-permuted before they meet the
         output weights, the share of heads in the MACs is computed for the model at hand instead of copied from one
-        task, and no block loses its last head. Source: 2406.00061 and its authors' code of December 2023.
+        task, no block loses its last head, and no budget that heads could use is left unspent. Source: 2406.00061 and its
+        authors' code of December 2023.
         """
         return cls(keep=keep, budget=budget, round_to=1, metric="stream", ridge=0.0, published=True)
 

@@ -67,15 +67,20 @@ class SurgeonConfig(PruningConfig):
             raise ValueError(f"keep={self.keep} asked of 2:4, which leaves half of the weights; ask for 0.5 or more.")
         if self.labels not in LABELS:
             raise ValueError(f"labels={self.labels!r} asked; it must be one of {', '.join(map(repr, LABELS))}.")
-        if not 0 <= self.ridge < 1:
+        if self.ridge is None or not 0 <= self.ridge < 1:
             raise ValueError(f"ridge={self.ridge} asked; it is relative to a diagonal and must lie in [0, 1).")
-        self._check_trunk()
+        self._check_what_may_go()
 
-    def _check_trunk(self) -> None:
+    def _check_what_may_go(self) -> None:
         if self.structure != "units" or self.published:
             self.refuse_trunk(f"structure={self.structure!r}" + (" as published" if self.published else ""))
         if "layers" in self.structures and self.shots > 1:
             raise ValueError(f"'layers' asked in {self.shots} shots: whole layers go in one; set shots=1.")
+        if self.structure != "units" and len({"heads", "neurons"} & {*self.structures}) < 2:
+            raise ValueError(
+                f"structures={self.structures!r} asked of structure={self.structure!r}, whose zeros are in all linear layers of "
+                "the blocks: leave structures out."
+            )
 
     @classmethod
     def paper(cls, keep: float = 0.5, budget: str = "params", shots: int = 40, structure: str = "lines") -> SurgeonConfig:
@@ -150,7 +155,8 @@ class SurgeonPruner(Pruner[SurgeonConfig]):
         if self.counts == "units":
             lines = Pruner.shoot(self, keep, batches, stage)
         else:
-            lines = surgeon_sparse.shoot(self.model, keep, batches, self.config, stage)
+            nats, lines = self.nats(batches), surgeon_sparse.shoot(self.model, keep, batches, self.config, stage)
+            lines = tuple(replace(line, expected=nats * line.expected) for line in lines)
         if self.config.lora_epochs:
             with stage("low-rank corrections"):
                 linears = {linear: None for group in find_groups(self.model) for linear in surgeon_sparse.linears_of(group)}
