@@ -1,20 +1,22 @@
-"""From the arguments of `prune` to what a pruner works on: its batches, and the journal of its run."""
+"""From the arguments of `prune` to what a pruner works on: models that can be pruned, batches, and the journal of the run."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from .blocks import is_causal, reads_tokens_alone
 from .data import Batches, make_batches
 from .families import task_of
+from .few_pairs import FewPairs
+from .few_values import OfFewValues
 from .journal import Journal
 from .media import make_media_batches
 from .offload import is_offloaded
@@ -37,6 +39,29 @@ def read(pruner: Pruner[Any], dataset: Any, text_columns: Sequence[str] | None, 
     else:
         batches = make_media_batches(dataset, model, pruner.config, processor=pruner.tokenizer, **asked)
     return replace(batches, processes=Processes.launched())
+
+
+def refuse_unprunable(model: nn.Module) -> None:
+    """Raise if the weights are really quantized, so that they cannot be corrected, or if heads have been divided already."""
+    if any(isinstance(module, (FewPairs, OfFewValues)) for module in model.modules()):
+        raise ValueError(
+            "The heads of this model have lost single dimensions, and what is left of them cannot be cut again: prune the dense "
+            "model to the size that you want."
+        )
+    adapter = next((name for name, module in model.named_modules() if type(module).__module__.startswith("peft.")), None)
+    if adapter is not None:
+        raise ValueError(
+            f"The model has adapters ({adapter or type(model).__name__}): merge them first, merge_and_unload() does."
+        )
+    if hasattr(model, "_orig_mod"):
+        raise ValueError("A compiled model was passed: pass the one that was compiled, prune it, then compile the result.")
+    if getattr(model, "is_quantized", False) or getattr(getattr(model, "config", None), "quantization_config", None):
+        method = getattr(model, "quantization_method", None) or "an unknown method"
+        raise ValueError(
+            f"The weights of this model are quantized ({getattr(method, 'value', method)}); pruning has to correct them. "
+            "Load the unquantized model (or model.dequantize() where the method has it), prune it, then quantize the "
+            "pruned model: the two compose in that order."
+        )
 
 
 def refuse_offloaded(pruner: Pruner[Any]) -> None:
@@ -73,10 +98,18 @@ def open_journal(pruner: Pruner[Any], folder: str | Path | None, batches: Batche
         "model": pruner.source,
         "config": pruner.config.to_dict(),
         "data": batches.fingerprint,
+        "labels": _digest(batches.labels or ()),
         "weights": _fingerprint(pruner.model),
         "versions": {name: metadata.version(name) for name in ("optimum-stat", "torch", "transformers")},
     }
     return Journal.open(folder, json.loads(json.dumps(run)), batches.processes)
+
+
+def _digest(labels: Sequence[Mapping[str, Tensor]]) -> str:
+    digest = hashlib.sha256()
+    for own in labels:
+        digest.update(json.dumps({name: value.tolist() for name, value in sorted(own.items())}).encode())
+    return digest.hexdigest()
 
 
 def _fingerprint(model: nn.Module) -> str:

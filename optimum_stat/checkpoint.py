@@ -23,8 +23,6 @@ from transformers import AutoConfig, AutoProcessor, AutoTokenizer, PreTrainedMod
 
 from . import card, remote_code
 from .blocks import find_blocks, modalities
-from .few_pairs import FewPairs
-from .few_values import OfFewValues
 from .offload import free_at_once, is_offloaded, reading_copies
 from .processes import Processes
 from .recipe import make_recipe
@@ -85,22 +83,6 @@ def _source(path: str) -> str | None:
     """Where a model came from; a folder is written so that nobody takes it for a Hub id."""
     is_plain_folder = bool(path) and not path.startswith((".", "/", "~")) and Path(path).exists()
     return f"./{path}" if is_plain_folder else path or None
-
-
-def refuse_unprunable(model: nn.Module) -> None:
-    """Raise if the weights are really quantized, so that they cannot be corrected, or if heads have been divided already."""
-    if any(isinstance(module, (FewPairs, OfFewValues)) for module in model.modules()):
-        raise ValueError(
-            "The heads of this model have lost single dimensions, and what is left of them cannot be cut again: prune the dense "
-            "model to the size that you want."
-        )
-    if getattr(model, "is_quantized", False) or getattr(getattr(model, "config", None), "quantization_config", None):
-        method = getattr(model, "quantization_method", None) or "an unknown method"
-        raise ValueError(
-            f"The weights of this model are quantized ({getattr(method, 'value', method)}); pruning has to correct them. "
-            "Load the unquantized model (or model.dequantize() where the method has it), prune it, then quantize the "
-            "pruned model: the two compose in that order."
-        )
 
 
 def save(pruner: Pruner[Any], folder: Path, **kwargs: Any) -> None:
@@ -270,6 +252,7 @@ def _refuse_full_folder(folder: Path) -> None:
 @contextmanager
 def _written_beside(folder: Path) -> Iterator[Path]:
     """A temporary neighbour of `folder` that becomes `folder` if all goes well and vanishes if not."""
+    folder = folder.absolute()
     missing = [parent for parent in folder.parents if not parent.exists()]
     beside = folder
     try:
@@ -277,6 +260,11 @@ def _written_beside(folder: Path) -> Iterator[Path]:
         beside = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
         beside.chmod(0o755)  # mkdtemp makes it private; a model folder is not
         yield beside
+        if folder.exists() and folder.samefile(Path.cwd()):  # whoever stands in it is to find it there
+            for part in beside.iterdir():
+                part.rename(folder / part.name)
+            beside.rmdir()
+            return
         if folder.exists():
             folder.rmdir()
         beside.rename(folder)

@@ -75,4 +75,5 @@ class Unfinished:
 
 
 def _folder(output: Path) -> Path:
+    output = output.absolute()
     return output.with_name(f"{output.name}.resume")

@@ -69,9 +69,13 @@ class PruningConfig:
 
     def __post_init__(self) -> None:
         """Refuse values that no run could honour."""
+        if isinstance(self.structures, str):
+            raise ValueError(
+                f"structures={self.structures!r} asked; it must be a tuple of names, such as ({self.structures!r},)."
+            )
         object.__setattr__(self, "structures", tuple(self.structures))  # JSON has lists
         self._check_structures()
-        if not 0 < self.keep <= 1:
+        if not isinstance(self.keep, (int, float)) or not 0 < self.keep <= 1:
             raise ValueError(f"keep={self.keep} asked; it is the share of the model that stays and must lie in (0, 1].")
         if self.budget not in BUDGETS:
             raise ValueError(f"budget={self.budget!r} asked; it must be one of {', '.join(map(repr, BUDGETS))}.")

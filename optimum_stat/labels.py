@@ -67,13 +67,16 @@ class Labels:
         return int(config.vocab_size if self.task == "fill-mask" else config.num_labels)
 
     def _of_head(self, value: Any) -> Tensor:
-        several = isinstance(value, Tensor) and value.dim() > 0
+        plain = value.tolist() if hasattr(value, "tolist") else value  # tensors, and what numpy has
         if self.config.problem_type == "multi_label_classification":
-            flags = torch.as_tensor(value, dtype=torch.float32).reshape(-1, self.config.num_labels)
-            if not bool(((flags == 0) | (flags == 1)).all()):
+            flags = torch.as_tensor(plain, dtype=torch.float32)
+            flags = flags[None] if flags.dim() == 1 else flags
+            if flags.dim() != 2 or flags.shape[1] != self.config.num_labels or not bool(((flags == 0) | (flags == 1)).all()):
                 raise ValueError(f"labels {value!r} are not {self.config.num_labels} zeros and ones, one for each class.")
             return flags
-        values = value.flatten().tolist() if several else [value.item() if isinstance(value, Tensor) else value]
+        values = list(plain) if isinstance(plain, (list, tuple)) else [plain]
+        while values and isinstance(values[0], list):
+            values = [each for part in values for each in part]
         if self.config.num_labels > 1:
             return torch.tensor(class_ids(values, self.names, self.config))
         wrong = [v for v in values if not isinstance(v, (int, float)) or not math.isfinite(v)]

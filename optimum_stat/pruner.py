@@ -79,7 +79,7 @@ class Pruner(ABC, Generic[C]):
         While somebody else holds the model, its old weights are kept until pruning has succeeded, to put them back if it
         does not; that needs memory for a second model.
         """
-        checkpoint.refuse_unprunable(model)
+        calibration.refuse_unprunable(model)
         find_groups(model, config.structures)  # an unknown family is refused here, before any data is read
         self._model: PreTrainedModel | None = model
         self.config, self.tokenizer, self.source = config, tokenizer, source
@@ -250,7 +250,7 @@ class Pruner(ABC, Generic[C]):
     def _start(self, keep: float | None, dataset: Any, text_columns: Columns, label_column: str | None) -> Batches:
         """Read the data, fix what is counted, and refuse what cannot be done; the model is not touched. No keep: the config's."""
         model = self.model
-        checkpoint.refuse_unprunable(model)
+        calibration.refuse_unprunable(model)
         check_finite(model)
         calibration.refuse_offloaded(self)
         batches = self._read(dataset, text_columns, label_column)

@@ -74,6 +74,10 @@ class Rows:
                 raise ValueError(f"Row {self.read} is of another kind ({_kind(converted)}) than row 0 ({self.kind}).")
             apart = self.labels is not None and not self.labels.per_token
             labels = self.labels.read(row, f"Row {self.read}") if self.labels and apart else {}
+            examples = len(converted["input_ids"]) if isinstance(converted, dict) and self.kind == "ready batches" else 1
+            for name, value in labels.items():
+                if len(value) != examples:
+                    raise ValueError(f"Row {self.read} has {len(value)} {name} for {examples} examples.")
             self.read += 1
             yield converted, labels
 
@@ -83,6 +87,7 @@ class Rows:
         return (self.name or f"{self.read} {'rows' if columns else self.kind}") + columns
 
     def _convert(self, row: Any) -> tuple[str, ...] | dict[str, Tensor]:
+        row = "" if row is None else row
         texts = (row,) if isinstance(row, str) else row
         if isinstance(texts, (list, tuple)) and 0 < len(texts) < 3 and all(isinstance(text, str) for text in texts):
             if self._asked:
@@ -92,10 +97,11 @@ class Rows:
         self.columns = self.columns or _input_columns({k: type(v).__name__ for k, v in row.items()}, self._asked)
         if "input_ids" not in self.columns:
             return _texts(row, self.columns, f"Row {self.read}")
+        here = dict.fromkeys((*self.columns, *({"attention_mask"} & row.keys())))  # maybe not every row has a mask
         if self.labels is None or not self.labels.per_token:
-            return tensors(row, self.columns, f"Row {self.read}")
+            return tensors(row, tuple(here), f"Row {self.read}")
         (column,) = self.labels.columns
-        result = tensors(row, (*self.columns, column), f"Row {self.read}")
+        result = tensors(row, (*here, column), f"Row {self.read}")
         result["labels"] = result.pop(column)
         self.labels.check_tokens(result["labels"], f"Row {self.read}")
         return result

@@ -25,7 +25,7 @@ def descending(keep: Iterable[float]) -> list[float]:
     Raises:
         ValueError: there are none, or one does not lie in (0, 1].
     """
-    shares = sorted(set(keep), reverse=True)
+    shares = sorted({keep} if isinstance(keep, (int, float)) else set(keep), reverse=True)
     wrong = [share for share in shares if not 0 < share <= 1]
     if wrong or not shares:
         raise ValueError(f"keep={shares} asked; it must be a list of shares in (0, 1]" + (f", not {wrong[0]}." if wrong else "."))

@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
 
-from . import card, checkpoint
+from . import card, checkpoint, training
 from .blocks import reads_tokens_alone
 from .budget import Ranking
 from .currency import Currency
@@ -29,7 +29,7 @@ from .report import GroupReport, Lines, TimedStage
 from .slicing import Plan, restored_on_error, slice_model
 from .stream import narrow, shorten
 from .trained_config import TrainedConfig
-from .training import Masks, PruningTrainer, differing, lent, masks_in, own_randomness, trainable, values_restored_on_error
+from .training import Masks, PruningTrainer, differing, masks_in, own_randomness, trainable, values_restored_on_error
 from .training_data import Example, examples, metrics_of
 from .training_sizes import Size, error_curve, orders
 from .trunk import HIDDEN, LAYERS, trunk_line
@@ -115,8 +115,10 @@ class TrainedPruner(Pruner[T]):
             resume = resume_from_checkpoint or args.resume_from_checkpoint
             # the teacher is taken before anything changes: it may be this very model
             self._run = _Run(args, evaluation, self._teacher(teacher), resume, wanted)
+            kept = values_restored_on_error(self.model) if self._guard is restored_on_error else nullcontext()
             try:
-                model = Pruner.prune(self, dataset, text_columns=text_columns, label_column=label_column)
+                with kept:
+                    model = Pruner.prune(self, dataset, text_columns=text_columns, label_column=label_column)
             finally:
                 del self._run
         self._report = replace(self.report, training={"teacher": taught, "arguments": differing(args)})
@@ -133,8 +135,7 @@ class TrainedPruner(Pruner[T]):
     @final
     def shoot(self, keep: float, batches: Batches, stage: TimedStage) -> Lines:
         """Train, prune to `keep`, train what is left."""
-        kept = values_restored_on_error(self.model) if self._guard is restored_on_error else nullcontext()
-        with kept, lent(self.model), torch.enable_grad():
+        with training.lent(self.model), torch.enable_grad():
             before = self._evaluate()
             lines = self.lines(keep, batches, stage)
             if self.config.finetune_epochs:
@@ -217,14 +218,9 @@ class TrainedPruner(Pruner[T]):
             self._train(args, rows, None, last)
 
     def _train(self, args: TrainingArguments, rows: list[Example], masks: Masks | None, resume: str | Path | bool | None) -> None:
-        trainer, own = self._trainer(args, rows, masks), self.model.__dict__
-        forward = own.get("forward")
-        try:
+        with training.undisturbed(self.model):
+            trainer = self._trainer(args, rows, masks)
             trainer.train(resume_from_checkpoint=str(resume) if isinstance(resume, Path) else resume)
-        finally:  # mixed precision puts a forward of its own into the model
-            for name, before in (("forward", forward), ("_original_forward", None)):
-                own.pop(name, None)
-                own.update({} if before is None else {name: before})
 
     def _trainer(self, args: TrainingArguments, rows: list[Example], masks: Masks | None) -> PruningTrainer:
         return PruningTrainer(
@@ -244,7 +240,8 @@ class TrainedPruner(Pruner[T]):
         evaluation = self._run.evaluation
         if evaluation is None:
             return []
-        found = self._trainer(self._run.args, [], None).evaluate()
+        with training.undisturbed(self.model):
+            found = self._trainer(self._run.args, [], None).evaluate()
         names = metrics_of(self.model) or ("loss",)
         return [{"name": name, "dataset": evaluation.source, "value": round(found[f"eval_{name}"], 4)} for name in names]
 

@@ -232,13 +232,13 @@ def own_randomness() -> Iterator[None]:
 
 @contextmanager
 def trainable(model: nn.Module, names: Sequence[str]) -> Iterator[None]:
-    """The parameters `names` want gradients, in single precision or better; their dtypes are put back, gradients are gone."""
+    """The parameters `names` want gradients, all are in single precision or better; dtypes are put back, gradients are gone."""
     dtypes = {}
     for name, parameter in model.named_parameters():
         dtypes[name] = parameter.dtype
-        if name in names:
+        if names:  # what stays frozen has to compute with what trains
             parameter.data = parameter.data.to(torch.promote_types(parameter.dtype, torch.float32))
-            parameter.requires_grad_(True)
+            parameter.requires_grad_(name in names)
     try:
         yield
     finally:
@@ -263,19 +263,31 @@ def values_restored_on_error(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
+def undisturbed(model: PreTrainedModel) -> Iterator[None]:
+    """Trainer writes into the model's config, and mixed precision puts a forward of its own into the model."""
+    config, own = dict(vars(model.config)), model.__dict__
+    forward = own.get("forward")
+    try:
+        yield
+    finally:
+        vars(model.config).clear()
+        vars(model.config).update(config)
+        for name, before in (("forward", forward), ("_original_forward", None)):
+            own.pop(name, None)
+            own.update({} if before is None else {name: before})
+
+
+@contextmanager
 def lent(model: PreTrainedModel) -> Iterator[None]:
-    """Trainer moves the model to the device that it trains on, and writes into its config.
+    """Trainer moves the model to the device that it trains on.
 
     And transformers, asked for hidden states, hangs hooks into the model that stay, and notes that they hang there.
     """
     device, spread, noted = device_of(model), getattr(model, "hf_device_map", None), "_output_capturing_hooks_installed"
-    config = dict(model.config.__dict__)
     hooks = [(module, set(module._forward_hooks), noted in module.__dict__) for module in model.modules()]
     try:
         yield
     finally:
-        model.config.__dict__.clear()
-        model.config.__dict__.update(config)
         for module, own, was_noted in hooks:
             for hook in module._forward_hooks.keys() - own:
                 del module._forward_hooks[hook]

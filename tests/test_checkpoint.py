@@ -200,6 +200,14 @@ def test_an_empty_folder_and_a_link_to_one_are_filled(pruner: STATPruner, tmp_pa
     assert sorted(path.name for path in tmp_path.iterdir()) == ["deep", "empty", "link", "target"]
 
 
+def test_the_folder_at_hand_is_filled_and_stays(pruner: STATPruner, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(tmp_path)
+    pruner.save_pretrained(".")
+    assert Path.cwd() == tmp_path
+    assert equal(AutoModelForCausalLM.from_pretrained("."), pruner.model)
+    assert not [path for path in tmp_path.parent.iterdir() if path.name.startswith(f".{tmp_path.name}-")]
+
+
 # ---- the Hub
 
 

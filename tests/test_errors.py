@@ -52,6 +52,8 @@ def refuse(
     [
         ({"keep": 0}, r"keep=0 asked; .* must lie in \(0, 1\]"),
         ({"keep": -0.5}, "keep=-0.5 asked"),
+        ({"keep": "0.5"}, "keep=0.5 asked"),
+        ({"structures": "heads"}, "structures='heads' asked; it must be a tuple of names"),
         ({"keep": 1.5}, "keep=1.5 asked"),
         ({"keep": float("nan")}, "keep=nan asked"),
         ({"budget": "seconds"}, "budget='seconds' asked; it must be one of 'params', 'macs'"),
@@ -70,6 +72,20 @@ def refuse(
 def test_settings_that_no_run_could_honour(options: dict[str, Any], message: str):
     with pytest.raises(ValueError, match=message):
         STATConfig(**options)
+
+
+@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's own, from inside its compiler
+def test_models_with_adapters_and_compiled_ones():
+    peft = pytest.importorskip("peft")
+    dense = tiny("llama", "CausalLM")
+    adapted = peft.get_peft_model(dense, peft.LoraConfig(target_modules=["q_proj"]))
+    for model in (adapted, dense):  # the adapters are in both
+        with pytest.raises(ValueError, match=r"has adapters .*: merge them first"):
+            STATPruner.from_pretrained(model, STATConfig())
+    STATPruner.from_pretrained(adapted.merge_and_unload(), STATConfig(keep=0.6)).prune(batches())
+    with pytest.raises(ValueError, match="compiled model was passed: pass the one that was compiled"):
+        STATPruner.from_pretrained(torch.compile(tiny("bert")), STATConfig())
 
 
 def test_unknown_settings():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from datasets import ClassLabel, Dataset, Features, Value
@@ -88,6 +89,44 @@ def test_several_labels_at_once() -> None:
     assert {label for _, label in pairs(read([{"text": "w1", "labels": [1, 0, 1]}], model))} == {(1.0, 0.0, 1.0)}
     with pytest.raises(ValueError, match="are not 3 zeros and ones"):
         read([{"text": "w1", "labels": [1, 0, 2]}], model)
+    for wrong in (1, [1, 0], [1, 0, 1, 0, 0, 1]):
+        with pytest.raises(ValueError, match=r"Row 0: labels .* are not 3 zeros and ones"):
+            read([{"text": "w1", "labels": wrong}], model)
+
+
+@pytest.mark.parametrize("form", [np.asarray, torch.tensor, list])
+def test_labels_in_any_form(form: Any) -> None:
+    """Of rows and of ready batches: those that numpy has, too."""
+    rows = [{"text": text, "label": form([label])[0]} for text, label in zip(TEXTS, CLASSES, strict=True)]
+    assert pairs(read(rows)) == WANTED
+    plain = [{"text": text, "label": label} for text, label in zip(TEXTS, CLASSES, strict=True)]
+    assert pairs(read(Dataset.from_list(plain).with_format("numpy"))) == WANTED
+    ready = {**ENCODER([t for t in TEXTS if t], padding=True, return_tensors="pt")}
+    ready["labels"] = form([c for t, c in zip(TEXTS, CLASSES, strict=True) if t])
+    assert pairs(read([ready])) == WANTED
+    regression = tiny("bert", "SequenceClassification", num_labels=1)
+    assert {label for _, label in pairs(read([{"text": "w1", "label": form([0.5])[0]}], regression))} == {0.5}
+
+
+def test_only_some_rows_have_a_mask() -> None:
+    rows = [{"input_ids": [3, 4, 5], "label": 0}, {"input_ids": [3, 4, 1, 1, 1], "attention_mask": [1, 1, 0, 0, 0], "label": 1}]
+    assert pairs(read(rows)) == {((3, 4, 5), 0), ((3, 4), 1)}
+
+
+def test_a_row_that_is_none_is_left_out_as_an_empty_one_is() -> None:
+    assert pairs_of_texts(["w1 w2", None, "w3"]) == pairs_of_texts(["w1 w2", "", "w3"])
+
+
+def pairs_of_texts(texts: list[str | None]) -> list[list[list[int]]]:
+    found = make_batches(texts, CLASSIFIER.config, WIDE, causal=False, tokenizer=ENCODER)
+    return [item["input_ids"].tolist() for item in found]
+
+
+@pytest.mark.parametrize("count", [4, 6])
+def test_a_ready_batch_has_a_label_for_every_example(count: int) -> None:
+    ready = {**ENCODER([t for t in TEXTS if t], padding=True, return_tensors="pt"), "labels": torch.zeros(count).long()}
+    with pytest.raises(ValueError, match=f"Row 0 has {count} labels for 5 examples"):
+        read([ready])
 
 
 def test_labels_of_tokens_are_cut_and_padded_with_them() -> None:

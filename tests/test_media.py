@@ -136,6 +136,9 @@ def test_a_decoder_reads_the_target_behind_its_start():
     assert item["decoder_input_ids"].tolist() == [[PAD, 10, 11], [PAD, 14, PAD]]  # the start is the family's padding
     assert item["decoder_attention_mask"].tolist() == [[1, 1, 1], [1, 1, 0]]
     assert (found.seq_len, found.num_tokens) == ((2, 2), 5)
+    padded = {"input_ids": item["input_ids"], "labels": torch.tensor([[10, -100, 12, -100], [14, 15, -100, -100]])}
+    (read,) = make_media_batches([padded], tiny("t5"), PruningConfig(), processor=tokenizer())
+    assert [int(mask.sum()) for mask in read["decoder_attention_mask"]] == [3, 2], "behind the last label is padding"
     alone = make_media_batches([{"text": "w3 w4"}], tiny("t5"), PruningConfig(), processor=tokenizer())
     assert alone.items[0]["decoder_input_ids"].tolist() == [[PAD, 6]]
 

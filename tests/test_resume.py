@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import random
@@ -160,6 +161,12 @@ def test_another_run_is_refused(tmp_path: Path) -> None:
         STATPruner(deep("llama"), RUNS["stat"][1]).prune(batches(), resume_from_checkpoint=tmp_path)
     with pytest.raises(ValueError, match="its weights was"):
         STATPruner(tiny("llama", seed=1, num_hidden_layers=3), RUNS["stat"][1]).prune(many(), resume_from_checkpoint=tmp_path)
+    classifier = tiny("bert", "SequenceClassification")
+    config = FisherConfig(labels="data")
+    first, other = ([{**batch, "labels": torch.full((len(batch["input_ids"]),), of)} for batch in many(400)] for of in (0, 1))
+    FisherPruner(copy.deepcopy(classifier), config).prune(first, resume_from_checkpoint=tmp_path / "labelled")
+    with pytest.raises(ValueError, match="its labels was"):
+        FisherPruner(copy.deepcopy(classifier), config).prune(other, resume_from_checkpoint=tmp_path / "labelled")
     elements = SurgeonPruner(deep("llama"), SurgeonConfig(structure="elements"))
     with pytest.raises(ValueError, match="makes zeros, trains adapters"):
         elements.prune(many(), resume_from_checkpoint=tmp_path)

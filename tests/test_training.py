@@ -370,3 +370,28 @@ def test_mixed_precision_leaves_the_forward_as_it_was():
     pruner_for("movement", model).prune(labelled(), training_args={**QUIET, "bf16": True, "use_cpu": True})
     assert "forward" not in model.__dict__
     assert model.dtype == torch.float32
+
+
+@EACH_METHOD
+def test_a_model_of_half_precision_trains_with_parts_frozen(method: str):
+    model = tiny("bert", "SequenceClassification").to(torch.bfloat16)
+    model.bert.embeddings.requires_grad_(False)
+    model.bert.encoder.layer[0].requires_grad_(False)
+    pruner = pruner_for(method, model)
+    pruner.prune(Dataset.from_list(labelled()), training_args={"num_train_epochs": 1, "report_to": "none"})
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
+
+
+def test_an_error_after_training_leaves_a_live_model_as_it_was(monkeypatch: pytest.MonkeyPatch):
+    model = tiny("bert", "SequenceClassification")
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    pruner = pruner_for("movement", model)
+
+    def fail(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("optimum_stat.pruner.write_record", fail)
+    with pytest.raises(KeyboardInterrupt):
+        pruner.prune(Dataset.from_list(labelled()), training_args={"num_train_epochs": 1, "report_to": "none"})
+    assert model.state_dict().keys() == before.keys()
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())

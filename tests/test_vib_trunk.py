@@ -131,3 +131,18 @@ def test_a_run_with_all_gates_keeps_the_budget_and_loads_again(family: str, tmp_
     pruner.save_pretrained(tmp_path / "small")
     loaded = type(model).from_pretrained(tmp_path / "small")
     assert torch.equal(outputs(loaded, batches()[0]), outputs(model, batches()[0]))
+
+
+@pytest.mark.parametrize("structures", [("layers",), ("heads", "neurons", "layers")])
+@pytest.mark.parametrize("family", ["bert", "llama", "opt"])
+def test_a_model_that_lost_layers_loads_again(family: str, structures: tuple[str, ...], tmp_path):
+    """Its config says how many are left, although training puts the config back."""
+    model = tiny(family, num_hidden_layers=4)
+    pruner = VIBPruner.from_pretrained(model, VIBConfig(keep=0.4, distill=1.0, batch_size=4, round_to=4, structures=structures))
+    pruner.prune(many(200), training_args={"num_train_epochs": 1})
+    kept = {group.name: group.kept for group in pruner.report.groups}
+    assert kept["layers"] == len(find_blocks(model)) == model.config.num_hidden_layers
+    assert structures != ("layers",) or kept["layers"] < 3
+    pruner.save_pretrained(tmp_path / "small")
+    loaded = type(model).from_pretrained(tmp_path / "small")
+    assert torch.equal(outputs(loaded, batches()[0]), outputs(model, batches()[0]))

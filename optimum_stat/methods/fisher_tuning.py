@@ -212,7 +212,7 @@ def _stream(group: Group) -> Group:
 
 
 def _mask(group: Group, keep: Tensor, device: torch.device) -> Tensor:
-    mask = torch.zeros(group.units * group.width, device=device)
+    mask = torch.zeros(group.units * group.width, dtype=torch.float32, device=device)
     return mask.index_fill_(0, consumer_columns(group, keep).to(mask.device), 1.0)
 
 
