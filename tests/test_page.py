@@ -97,7 +97,7 @@ def test_what_stands_in_a_recipe_is_text(tmp_path: Path) -> None:
 def test_without_matplotlib_there_are_tables(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: Any) -> None:
     monkeypatch.setattr(plots, "available", lambda: False)
     main(["report", *map(str, FOLDERS), "--html", str(tmp_path / "page.html")])
-    assert "so the page has no pictures: pip install optimum-stat[report]" in capsys.readouterr().err
+    assert "so the page has no pictures: pip install 'optimum-stat[report]'" in capsys.readouterr().err
     found = Page((tmp_path / "page.html").read_text())
     assert "svg" not in found.tags
     assert "table" in found.tags
