@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -30,6 +31,11 @@ class Unfinished:
             FileExistsError: something is there, and the user does not want to go on with it.
         """
         found = cls(output, resume, resume and (output / "stat_recipe.json").is_file() and _folder(output).exists())
+        if found.folder.exists() and not _is_ours(found.folder):
+            raise FileExistsError(
+                f"{found.folder} is in the way: what is finished would be kept there, and it holds something else. Nothing was "
+                "done; choose another OUTPUT, or move it."
+            )
         if not resume and found.folder.exists():
             raise FileExistsError(
                 f"{found.folder} holds what a run that was stopped has finished; nothing was done. The same command with "
@@ -72,6 +78,11 @@ class Unfinished:
     def _remove(self) -> None:
         if MAIN:
             shutil.rmtree(self.folder, ignore_errors=True)
+
+
+def _is_ours(folder: Path) -> bool:
+    """Whether nothing but a journal is in it."""
+    return folder.is_dir() and all(re.fullmatch(r"\d+-of-\d+", path.name) for path in folder.iterdir())
 
 
 def _folder(output: Path) -> Path:

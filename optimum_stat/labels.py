@@ -77,6 +77,7 @@ class Labels:
         values = list(plain) if isinstance(plain, (list, tuple)) else [plain]
         while values and isinstance(values[0], list):
             values = [each for part in values for each in part]
+        values = [each.item() if hasattr(each, "item") else each for each in values]
         if self.config.num_labels > 1:
             return torch.tensor(class_ids(values, self.names, self.config))
         wrong = [v for v in values if not isinstance(v, (int, float)) or not math.isfinite(v)]

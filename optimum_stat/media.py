@@ -127,14 +127,17 @@ class _Reader:
         if not is_encoder_decoder(self.model):
             return found
         config = self.model.config
-        target = found.pop("labels", found.get("input_ids"))
+        labels = found.pop("labels", None)
+        target = found.get("input_ids") if labels is None else labels
         if "decoder_input_ids" not in found:
             if target is None:
                 raise ValueError(f"{where} has neither decoder_input_ids nor a text for the decoder.")
             named = (getattr(config, name, None) for name in ("decoder_start_token_id", "bos_token_id"))
             start = next((token for token in named if token is not None), self.pad_id)
-            real = (target >= 0).flip(1).cumsum(1).flip(1) > 0  # behind the last that counts, labels are padding
-            found.setdefault("decoder_attention_mask", real.long())
+            if labels is not None:  # behind the last that counts, they are padding
+                found.setdefault("decoder_attention_mask", ((labels >= 0).flip(1).cumsum(1).flip(1) > 0).long())
+            elif "attention_mask" in found:
+                found.setdefault("decoder_attention_mask", found["attention_mask"])
             before = torch.full_like(target[:, :1], start)
             found["decoder_input_ids"] = torch.cat([before, target[:, :-1].masked_fill(target[:, :-1] < 0, self.pad_id)], 1)
         for of in ("", "decoder_"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import shutil
 import tempfile
 from abc import abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -17,7 +18,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
 
-from . import card, checkpoint, training
+from . import card, checkpoint, training, training_arguments
 from .blocks import reads_tokens_alone
 from .budget import Ranking
 from .currency import Currency
@@ -106,12 +107,16 @@ class TrainedPruner(Pruner[T]):
                 "experts. Use a method that does not train."
             )
         wanted = [name for name, parameter in self.model.named_parameters() if parameter.requires_grad]
+        if self.config.finetune_epochs and not wanted:
+            raise ValueError(
+                f"finetune_epochs={self.config.finetune_epochs} asked, but no parameter of the model wants gradients."
+            )
         evaluation = None if eval_dataset is None else self._read(eval_dataset, text_columns, label_column, needs="data")
         named = teacher if isinstance(teacher, str) or teacher is None else teacher.name_or_path or type(teacher).__name__
         taught = (named or card.DENSE) if self.config.distill else None
         with tempfile.TemporaryDirectory() as spare, own_randomness():
             args = self._arguments(training_args, spare)
-            self._check_arguments(args, evaluation)
+            training_arguments.check(args, self.model, evaluation)
             resume = resume_from_checkpoint or args.resume_from_checkpoint
             # the teacher is taken before anything changes: it may be this very model
             self._run = _Run(args, evaluation, self._teacher(teacher), resume, wanted)
@@ -183,6 +188,8 @@ class TrainedPruner(Pruner[T]):
             for parameter in masks.parameters():
                 parameter.requires_grad_(True)
             masks.to(args.device)
+            if not own.resume and args.should_save:
+                shutil.rmtree(finished.parent, ignore_errors=True)  # of another run in the same output_dir
             if own.resume and finished.exists():
                 load_model(self.model, finished)
             else:
@@ -221,6 +228,8 @@ class TrainedPruner(Pruner[T]):
         with training.undisturbed(self.model):
             trainer = self._trainer(args, rows, masks)
             trainer.train(resume_from_checkpoint=str(resume) if isinstance(resume, Path) else resume)
+        if not trainer.state.global_step:
+            raise ValueError(f"Not one training step was made: {len(rows)} examples, {args.num_train_epochs} epochs asked.")
 
     def _trainer(self, args: TrainingArguments, rows: list[Example], masks: Masks | None) -> PruningTrainer:
         return PruningTrainer(
@@ -260,21 +269,6 @@ class TrainedPruner(Pruner[T]):
             **self.defaults,
         }
         return TrainingArguments(**{**own, **asked})
-
-    def _check_arguments(self, args: TrainingArguments, evaluation: Batches | None) -> None:
-        """Refuse, before any work, what Trainer would find out at the end."""
-        if args.load_best_model_at_end:
-            raise ValueError(
-                "load_best_model_at_end asked, but while pruning the best checkpoint is one that is hardly pruned yet. "
-                "Leave it out: the last state is the one that has the size asked for."
-            )
-        wanted, known = args.metric_for_best_model, ("loss", *metrics_of(self.model))
-        if evaluation is None and (args.eval_strategy != "no" or wanted):
-            raise ValueError("training_args ask for an evaluation, and there is nothing to evaluate on: pass eval_dataset=.")
-        if wanted and wanted.removeprefix("eval_") not in known:
-            raise ValueError(
-                f"metric_for_best_model={wanted!r} asked; for {type(self.model).__name__} there are {', '.join(known)}."
-            )
 
     def _teacher(self, asked: str | PreTrainedModel | None) -> Any:
         if not self.config.distill:

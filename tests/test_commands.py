@@ -431,6 +431,27 @@ def test_a_method_that_trains(
     assert found[0] == found[1]
 
 
+def test_what_is_no_progress_of_a_run_is_left_alone(
+    folders: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "out.resume").mkdir()
+    (tmp_path / "out.resume" / "mine").touch()
+    for resume in ([], ["--resume"]):
+        line = fails(capsys, 1, "prune", str(tmp_path / "out"), "-m", folders["llama"], *resume)
+        assert "out.resume is in the way" in line
+    assert (tmp_path / "out.resume" / "mine").exists()
+
+
+def test_checkpoints_do_not_go_where_the_model_will_stand(
+    folders: dict[str, str], data: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for where in ("out", "out/checkpoints"):
+        asked = ["-d", data["data.csv"], "--training-args", f"output_dir={tmp_path / where}"]
+        line = fails(capsys, 2, "prune", str(tmp_path / "out"), "-m", folders["classifier"], "--method", "movement", *asked)
+        assert "name another for checkpoints" in line
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_unknown_families_are_refused(folders: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     line = fails(capsys, 1, "prune", str(tmp_path / "out"), "-m", folders["xlnet"])
     assert "error: optimum-stat cannot prune 'xlnet' models" in line

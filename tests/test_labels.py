@@ -94,7 +94,7 @@ def test_several_labels_at_once() -> None:
             read([{"text": "w1", "labels": wrong}], model)
 
 
-@pytest.mark.parametrize("form", [np.asarray, torch.tensor, list])
+@pytest.mark.parametrize("form", [np.asarray, torch.tensor, list, lambda values: list(np.asarray(values))])
 def test_labels_in_any_form(form: Any) -> None:
     """Of rows and of ready batches: those that numpy has, too."""
     rows = [{"text": text, "label": form([label])[0]} for text, label in zip(TEXTS, CLASSES, strict=True)]

@@ -57,6 +57,7 @@ LAYERS = (
         "distillation",
         "semi_structured",
         "training",
+        "training_arguments",
         "training_data",
         "training_sizes",
     },

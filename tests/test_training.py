@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import shlex
+import shutil
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -380,6 +381,59 @@ def test_a_model_of_half_precision_trains_with_parts_frozen(method: str):
     pruner = pruner_for(method, model)
     pruner.prune(Dataset.from_list(labelled()), training_args={"num_train_epochs": 1, "report_to": "none"})
     assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
+
+
+@pytest.mark.parametrize(
+    ("asked", "message"),
+    [
+        ({"label_smoothing_factor": 0.1}, "label_smoothing_factor=0.1 asked"),
+        ({"num_train_epochs": 0}, "Not one training step was made: 24 examples"),
+    ],
+)
+def test_arguments_that_would_do_nothing_are_refused(asked: dict[str, Any], message: str):
+    model = tiny("bert", "SequenceClassification")
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    with pytest.raises(ValueError, match=message):
+        pruner_for("movement", model).prune(Dataset.from_list(labelled()), training_args={"report_to": "none", **asked})
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_an_evaluation_in_half_precision_is_refused():
+    rows = Dataset.from_list(labelled())
+    with pytest.raises(ValueError, match="evaluation in half precision asked"):
+        pruner_for("movement", tiny("bert", "SequenceClassification")).prune(
+            rows, rows, {"bf16_full_eval": True, "use_cpu": True}
+        )
+
+
+def test_fine_tuning_needs_something_that_trains():
+    model = tiny("bert", "SequenceClassification").requires_grad_(False)
+    with pytest.raises(ValueError, match=r"finetune_epochs=1\.0 asked, but no parameter"):
+        pruner_for("movement", model, finetune_epochs=1.0).prune(Dataset.from_list(labelled()))
+
+
+def test_what_another_run_left_is_not_resumed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Masked weights, from which fine-tuning starts, are those of this run; checkpoints before them are Trainer's own."""
+    rows = Dataset.from_list(labelled())
+    asked: dict[str, Any] = {"num_train_epochs": 1, "save_strategy": "steps", "save_steps": 1, **QUIET}
+
+    def run(seed: int, folder: str, stop: int = 0) -> Any:
+        model = tiny("bert", "SequenceClassification")
+        pruner = pruner_for("movement", model, finetune_epochs=1.0, seed=seed, score_learning_rate=0.1 + seed)
+        args = {**asked, "output_dir": str(tmp_path / folder)}
+        if stop:
+            with power_cut(monkeypatch, stop):
+                pruner.prune(rows, training_args=args)
+            pruner.prune(rows, training_args=args, resume_from_checkpoint=True)
+        else:
+            pruner.prune(rows, training_args=args)
+        return model.state_dict()
+
+    run(0, "shared")
+    for checkpoint in (tmp_path / "shared").glob("checkpoint-*"):
+        shutil.rmtree(checkpoint)
+    found, alone = run(1, "shared", stop=3), run(1, "alone")
+    assert all(torch.equal(found[name], value) for name, value in alone.items())
 
 
 def test_an_error_after_training_leaves_a_live_model_as_it_was(monkeypatch: pytest.MonkeyPatch):

@@ -1,0 +1,27 @@
+"""Which of Trainer's arguments a method that trains cannot honour."""
+
+from __future__ import annotations
+
+from torch import nn
+from transformers import TrainingArguments
+
+from .data import Batches
+from .training_data import metrics_of
+
+
+def check(args: TrainingArguments, model: nn.Module, evaluation: Batches | None) -> None:
+    """Refuse, before any work, what Trainer would find out at the end, or nobody would."""
+    if args.load_best_model_at_end:
+        raise ValueError(
+            "load_best_model_at_end asked, but while pruning the best checkpoint is one that is hardly pruned yet. "
+            "Leave it out: the last state is the one that has the size asked for."
+        )
+    if args.label_smoothing_factor:
+        raise ValueError(f"label_smoothing_factor={args.label_smoothing_factor} asked; the loss here has none. Leave it out.")
+    if evaluation is not None and (args.bf16_full_eval or args.fp16_full_eval):
+        raise ValueError("An evaluation in half precision asked, which would leave the weights in it. Leave it out.")
+    wanted, known = args.metric_for_best_model, ("loss", *metrics_of(model))
+    if evaluation is None and (args.eval_strategy != "no" or wanted):
+        raise ValueError("training_args ask for an evaluation, and there is nothing to evaluate on: pass eval_dataset=.")
+    if wanted and wanted.removeprefix("eval_") not in known:
+        raise ValueError(f"metric_for_best_model={wanted!r} asked; for {type(model).__name__} there are {', '.join(known)}.")
