@@ -42,7 +42,7 @@ def read(pruner: Pruner[Any], dataset: Any, text_columns: Sequence[str] | None, 
 
 
 def refuse_unprunable(model: nn.Module) -> None:
-    """Raise if the weights are really quantized, so that they cannot be corrected, or if heads have been divided already."""
+    """Raise if weights cannot be cut and corrected: quantized, under adapters, of heads divided already, of a compiled model."""
     if any(isinstance(module, (FewPairs, OfFewValues)) for module in model.modules()):
         raise ValueError(
             "The heads of this model have lost single dimensions, and what is left of them cannot be cut again: prune the dense "

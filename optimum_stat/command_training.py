@@ -21,8 +21,8 @@ def arguments(args: Any, method: Any) -> dict[str, Any]:
     training_args = _parsed(args.training_args or [])
     if args.resume and "output_dir" not in training_args:
         raise WrongArguments("--resume asked, but there is nowhere to resume from: --training-args output_dir=FOLDER.")
-    where = Path(training_args.get("output_dir", args.output.parent)).resolve()
-    if args.output.resolve() in (where, *where.parents):
+    where = Path(training_args["output_dir"]).resolve() if "output_dir" in training_args else None
+    if where is not None and args.output.resolve() in (where, *where.parents):
         raise WrongArguments(f"output_dir={where} asked, which is in OUTPUT or is OUTPUT itself: name another for checkpoints.")
     found = {"training_args": training_args, "teacher": args.teacher, "resume_from_checkpoint": args.resume or None}
     if args.eval_split:

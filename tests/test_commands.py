@@ -442,6 +442,20 @@ def test_what_is_no_progress_of_a_run_is_left_alone(
     assert (tmp_path / "out.resume" / "mine").exists()
 
 
+def test_a_method_that_trains_into_the_folder_at_hand(
+    folders: dict[str, str],
+    data: dict[str, str],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    asked = ["-d", data["data.csv"], "--method", "movement", "--keep", "0.6", "--training-args", "max_steps=2"]
+    main(["prune", ".", "-m", folders["classifier"], *asked, "--quiet", "--json"])
+    assert json.loads(capsys.readouterr().out)["report"]["method"] == "movement"
+    assert (tmp_path / "model.safetensors").is_file()
+
+
 def test_checkpoints_do_not_go_where_the_model_will_stand(
     folders: dict[str, str], data: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -44,6 +44,16 @@ def prune(model: Any, recipe: str = "ours", **asked: Any) -> SurgeonPruner:
     return pruner
 
 
+@pytest.mark.parametrize("structure", STRUCTURES)
+def test_expected_losses_are_those_of_a_prediction(structure: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Factors are means over tokens: an example of 20 tokens with one prediction loses 20 times as much."""
+    of_example = prune(tiny("bert", "SequenceClassification"), structure=structure, shots=1).report.error
+    monkeypatch.setattr(SurgeonPruner, "nats", lambda *_: 1.0)
+    of_token = prune(tiny("bert", "SequenceClassification"), structure=structure, shots=1).report.error
+    assert of_token > 0
+    assert of_example == pytest.approx(20 * of_token, rel=1e-6)
+
+
 @EACH
 @pytest.mark.parametrize("structure", STRUCTURES)
 @pytest.mark.parametrize("family", ["gpt2", "llama", "bert"])
