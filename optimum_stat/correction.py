@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from .families import Group, weight
-from .linalg import add_to_gram, damped_diagonal, held_out_ridge, solve_psd, symmetrize
+from .linalg import add_to_gram, damped_diagonal, held_out_ridge, product, solve_psd, symmetrize
 from .processes import Processes
 from .slicing import consumer_columns, set_weight
 from .walk import BlockWalk
@@ -34,7 +34,7 @@ class LeastSquares:
         parts = len(self.sums)
         for sums, own, wanted in zip(self.sums, z.tensor_split(parts), y.tensor_split(parts), strict=True):
             add_to_gram(sums[:, : len(sums)], own)
-            sums[:, len(sums) :] += own.T @ wanted
+            sums[:, len(sums) :] += product(own.T, wanted)
 
     def solve(self, processes: Processes) -> Tensor:
         """X^T [out, width]. Once: the sums are lost, as there may be no memory for more of them."""
@@ -72,7 +72,7 @@ def corrected_consumer(
         kept = z.index_select(1, columns)
         if constant:
             kept = torch.cat([kept, kept.new_ones(len(kept), 1)], dim=1)
-        system.add(kept, z.index_select(1, rest) @ lost)
+        system.add(kept, product(z.index_select(1, rest), lost))
 
     walk.run(group.block, [group], add)
     change = system.solve(walk.processes)

@@ -10,7 +10,8 @@ from typing import Any
 
 import torch
 
-from .linalg import add_to_gram, backward_elimination, damped, solve_psd
+from .elimination import backward_elimination
+from .linalg import add_to_gram, damped, solve_psd
 
 TOKENS, WIDTH = 2048, 1024
 

@@ -10,16 +10,10 @@ from __future__ import annotations
 import functools
 from collections.abc import Sequence
 
-import numpy as np
-import numpy.typing as npt
 import torch
-from scipy.linalg.blas import dger
 from scipy.linalg.lapack import dpstrf
 from torch import Tensor
 
-Matrix = npt.NDArray[np.float64]
-PANEL = 32  # columns removed at once: turns rank-1 updates into matrix products
-POOL = 64  # candidates for these removals
 OUTPUTS = 64  # or random sums of them, enough to compare a few ridges
 CORNER = 256  # of a matrix, copied at once when it is made symmetric: copies of larger ones leave the processor's caches
 CHUNK = 2048  # rows whose products may be summed in single precision before they enter a double precision total
@@ -28,14 +22,51 @@ CHUNK = 2048  # rows whose products may be summed in single precision before the
 def add_to_gram(gram: Tensor, rows: Tensor) -> None:
     """Add `rows^T rows` to `gram` [width, width] in place; call `symmetrize` once after the last addition.
 
-    Products in the rows' precision over at most 2,048 rows at a time, sums in the Gram matrix's (float64): single
+    Products in the rows' precision (`product`) over at most 2,048 rows at a time, sums in the Gram matrix's (float64): single
     precision loses its digits inside long sums. Only blocks on and above the diagonal are computed.
     """
     width, panel = rows.shape[1], max(256, -(-rows.shape[1] // 6))
     for chunk in torch.split(rows, CHUNK):
+        parts = _halves(chunk, 2) or [chunk]
         for start in range(0, width, panel):
             stop = min(start + panel, width)
-            gram[start:stop, start:] += chunk[:, start:stop].T @ chunk[:, start:]
+            gram[start:stop, start:] += _products([part[:, start:stop].T for part in parts], [part[:, start:] for part in parts])
+
+
+def product(left: Tensor, right: Tensor) -> Tensor:
+    """`left @ right`, by a GPU's tensor cores where they lose nothing: if one of the two comes from a model in half precision."""
+    lefts, rights = _halves(left, 3), _halves(right, 3)
+    return _products(lefts, rights) if 0 < len(lefts) * len(rights) < 4 else left @ right
+
+
+def _halves(matrix: Tensor, most: int) -> list[Tensor]:
+    """The fewest matrices in bfloat16 that add up to `matrix`; none if these are too many, or there is nothing to gain.
+
+    What a model in bfloat16 hands on is one, in float16 two, and all numbers in single precision are three. Their products are
+    exact in single precision, in which tensor cores sum them, in a tenth of its own time.
+    """
+    halves, rest = list[Tensor](), matrix
+    if matrix.dtype == torch.float32 and matrix.is_cuda and _has_tensor_cores(matrix.device):
+        while len(halves) < most:
+            halves.append(rest.bfloat16())
+            rest = rest - halves[-1]
+            if not rest.any():
+                return halves
+    return []
+
+
+@functools.cache
+def _has_tensor_cores(device: torch.device) -> bool:
+    """Such that take half precision and return single; torch asks for that since its version 2.8."""
+    known = torch.__version__ >= "2.8" and torch.version.hip is None
+    return known and torch.cuda.get_device_capability(device) >= (8, 0)
+
+
+def _products(lefts: list[Tensor], rights: list[Tensor]) -> Tensor:
+    """Of two sums, of one matrix each or of halves."""
+    if lefts[0].dtype != torch.bfloat16:
+        return lefts[0] @ rights[0]
+    return functools.reduce(torch.add, (torch.mm(one, other, out_dtype=torch.float32) for one in lefts for other in rights))
 
 
 def symmetrize(gram: Tensor) -> Tensor:
@@ -164,107 +195,9 @@ def error_curve(gram: Tensor, weight: Tensor, order: Tensor) -> Tensor:
     `error[k] = min_V ||z W^T - z[:, order[:k]] V^T||^2`. With `gram[order][:, order] = L L^T` and `Q = L^T W^T[order]`
     it is `sum_{i >= k} ||Q_i||^2`: one factorisation for the whole curve.
     """
-    factor = cholesky(_square_part(damped(gram, 0.0), order.to(gram.device)))
+    factor = cholesky(square_part(damped(gram, 0.0), order.to(gram.device)))
     lost = (factor.T @ weight.T[order]).square().sum(1)
     return torch.cat([lost.flip(0).cumsum(0).flip(0), lost.new_zeros(1)])
-
-
-def backward_elimination(gram: Tensor, weight: Tensor, block: int = 1, ridge: float = 0.0) -> tuple[Tensor, Tensor]:
-    """Remove unit after unit, each time the one whose removal costs least after the best correction of those left.
-
-    gram: [width, width], weight: [out, width]. Returns `(order [units], error [units + 1])`, best unit first;
-    `error[k]` is the squared output error with the first k units kept and corrected (plus the ridge's own penalty on
-    the change of weight). With `H = gram^-1` and weights optimal for the units left, removing block B costs exactly
-    `tr(W_B^T (H_BB)^-1 W_B)`. A metric on the output enters through `weight`: pass `M^(1/2) W`.
-
-    Greedy over all units if they are wide or at most 64, else over the 64 that are cheapest at the start of every 32 removals;
-    the costs are exact in either case, to the precision of `gram`.
-    Source: optimal brain surgeon for structures (ZipLM, 2302.04089), in the order-recursive form.
-    """
-    inverse = torch.cholesky_inverse(cholesky(damped(gram, ridge))).mT  # symmetric: it only lies in memory row by row now
-    left = Remainder(inverse, weight.T.to(gram.dtype).clone(memory_format=torch.contiguous_format), block)
-    removed, cost = [], []
-    while left.num_open:
-        gone, spent = left.cheapest()
-        removed.append(left.units[gone])
-        cost.append(spent)
-        left.remove(gone)
-    order, error = torch.cat(removed).flip(0), torch.cat(cost).cumsum(0).flip(0)
-    return order, torch.cat([error, error.new_zeros(1)])
-
-
-class Remainder:
-    """The units that backward elimination has left: the inverse of their Gram matrix, and the corrected rows of weights.
-
-    `inverse - lost^T lost` is the inverse as it is now: a product of many removals at once takes far less time than theirs one
-    by one, and is of those columns alone that are left then. Removed units stay in their places until then: nothing reads
-    what rounding leaves of them, but costs that count for nothing.
-    """
-
-    def __init__(self, inverse: Tensor, rows: Tensor, block: int) -> None:
-        self.units = torch.arange(len(rows) // block, device=rows.device)
-        """Which unit of the whole stands at each place."""
-        self.num_open = len(self.units)
-        self._block = block
-        self._stand(inverse, rows)
-
-    def _stand(self, inverse: Tensor, rows: Tensor) -> None:
-        """Nothing is lost yet."""
-        self._inverse, self._rows = inverse, rows
-        self._room = inverse.new_empty(len(rows) // 5 + PANEL + self._block, len(rows))
-        self._lost = self._room[:0]
-        self._open = torch.ones_like(self.units, dtype=torch.bool)
-        shape = (len(self.units), self._block)
-        self._own = inverse.view(*shape, *shape).diagonal(dim1=0, dim2=2).permute(2, 0, 1).contiguous()
-        """Each unit's part of the inverse, as it is now: [units, block, block]."""
-
-    def cheapest(self) -> tuple[Tensor, Tensor]:
-        """The next units to remove, in order, and what each costs.
-
-        Wide units one by one. Single columns many at once: costs depend on the rows through their products only, so the pool is
-        a pair of small square matrices, its part of the inverse, and `energy = rows rows^T`.
-        """
-        scores = torch.where(self._open, self._costs(), torch.inf)
-        pool = scores.topk(min(POOL, self.num_open) if self._block == 1 else 1, largest=False).indices
-        if self._block > 1:
-            return pool, scores[pool].clamp_min(0)
-        lost, rows = self._lost.index_select(1, pool), self._rows[pool]
-        own, energy = self._inverse[pool[:, None], pool].addmm_(lost.T, lost, alpha=-1), rows @ rows.T
-        picked, spent = _eliminate(own.double().cpu().numpy(), energy.double().cpu().numpy())
-        return pool[torch.tensor(picked, device=pool.device)], torch.tensor(spent, dtype=rows.dtype, device=rows.device)
-
-    def _costs(self) -> Tensor:
-        """What removing each unit costs now: `tr(W_B^T (H_BB)^-1 W_B)`, [units]."""
-        if self._block == 1:
-            return torch.linalg.vector_norm(self._rows, dim=1).square() / self._own.flatten()
-        parts = self._rows.view(len(self.units), self._block, -1)
-        return (parts * torch.linalg.solve(self._own, parts)).sum((1, 2))
-
-    def remove(self, gone: Tensor) -> None:
-        """Correct what is left for the loss of the units at these places."""
-        columns, count = unit_columns(gone, self._block), self._block
-        beside = self._inverse[columns].addmm_(self._lost.index_select(1, columns).T, self._lost, alpha=-1)
-        factor = cholesky(beside.index_select(1, columns))
-        lost = torch.linalg.solve_triangular(factor, beside, upper=False)
-        self._rows.addmm_(lost.T, torch.linalg.solve_triangular(factor, self._rows[columns], upper=False), alpha=-1)
-        parts = lost.view(len(lost), len(self.units), count)
-        squares = lost.square().sum(0).view_as(self._own) if count == 1 else torch.einsum("kui,kuj->uij", parts, parts)
-        self._own -= squares
-        self._own[gone] = torch.eye(count, dtype=lost.dtype, device=lost.device)
-        self._open[gone] = False
-        self.num_open -= len(gone)
-        start, stop = len(self._lost), len(self._lost) + len(lost)
-        self._room[start:stop] = lost
-        self._lost = self._room[:stop]
-        if self.num_open < 0.8 * len(self.units):
-            self._compress()
-
-    def _compress(self) -> None:
-        """Forget the places of what is gone, and bring the inverse up to date."""
-        columns = unit_columns(self._open.nonzero().flatten(), self._block)
-        self.units = self.units[self._open]
-        inverse, lost = _square_part(self._inverse, columns), self._lost.index_select(1, columns)
-        self._stand(inverse.addmm_(lost.T, lost, alpha=-1), self._rows.index_select(0, columns))
 
 
 def unit_columns(units: Tensor, block: int) -> Tensor:
@@ -272,28 +205,6 @@ def unit_columns(units: Tensor, block: int) -> Tensor:
     return (units[:, None] * block + torch.arange(block, device=units.device)).flatten()
 
 
-def _square_part(matrix: Tensor, at: Tensor) -> Tensor:
+def square_part(matrix: Tensor, at: Tensor) -> Tensor:
     """`matrix[at][:, at]`, ten times faster."""
     return matrix.index_select(0, at).index_select(1, at)
-
-
-def _eliminate(inverse: Matrix, energy: Matrix) -> tuple[list[int], list[float]]:
-    """Greedy elimination within the pool; overwrites both. BLAS by hand: thousands of tiny steps, each cheaper than a torch call.
-
-    Removing unit u takes `spread row^T` from the inverse and `spread half^T + half spread^T` from the energy.
-    """
-    of_inverse, of_energy, closed = inverse.diagonal(), energy.diagonal(), np.zeros(len(inverse))
-    gone: list[int] = []
-    spent: list[float] = []
-    for _ in range(min(PANEL, len(inverse))):
-        costs = closed + of_energy / of_inverse
-        unit = int(costs.argmin())
-        gone.append(unit)
-        spent.append(max(0.0, float(costs[unit])))  # rounding may take copies below zero
-        row = inverse[unit].copy()
-        spread = row / row[unit]
-        half = energy[unit] - energy[unit, unit] / 2 * spread
-        for matrix, left, right in ((inverse, spread, row), (energy, spread, half), (energy, half, spread)):
-            dger(-1.0, right, left, a=matrix.T, overwrite_a=1)  # the transpose is stored as BLAS wants it
-        inverse[unit, unit], closed[unit] = 1, np.inf
-    return gone, spent

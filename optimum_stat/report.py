@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from .pruner import Pruner
 
 FORWARD_TOKENS = 2048  # to time a forward pass on
+AT_ONCE = {"cuda": 4096}  # of them on a device; 512 elsewhere, which is enough for a CPU
 POINTS = 32  # of an error curve, for a picture of it
 
 
@@ -211,7 +212,8 @@ def forward_seconds(model: Any, batches: Batches) -> float | None:
     """Of one pass of the model, as it is, over this process's data, from every so many examples; the first run does not count."""
     if is_offloaded(model):
         return None
-    parts, device = [inputs for inputs, _ in small_parts(batches)], device_of(model)
+    device = device_of(model)
+    parts = [inputs for inputs, _ in small_parts(batches, AT_ONCE.get(device.type, 512))]
     some = parts[:: max(1, batches.num_tokens // FORWARD_TOKENS)]
 
     def seconds(parts: list[dict[str, Tensor]]) -> float:

@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 
 from optimum_stat import STATConfig, STATPruner
 from optimum_stat.latency_timing import measure_table
+from optimum_stat.linalg import add_to_gram, product, symmetrize
 from optimum_stat.timing import Setting
 
 pytestmark = [
@@ -99,6 +100,31 @@ def test_half_precision(recipe: str, dtype: torch.dtype) -> None:
     assert {each.dtype for each in pruner.model.parameters()} == {dtype}
     assert torch.isfinite(after).all()
     assert float((after - before).float().norm() / before.float().norm()) < 1
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_products_on_tensor_cores_keep_the_digits_of_single_precision(dtype: torch.dtype) -> None:
+    """Whatever the numbers in them; of all in bfloat16 at once, products would be off by about 1e-4."""
+    generator = torch.Generator().manual_seed(0)
+    rows, other = (torch.randn(3000, 400, generator=generator).exp() for _ in range(2))
+    rows = rows.to(dtype).float()
+    gram = torch.zeros(400, 400, dtype=torch.float64, device=CUDA)
+    add_to_gram(gram, rows.to(CUDA))
+    for found, left, right in (
+        (symmetrize(gram), rows.T, rows),
+        (product(rows.to(CUDA).T, other.to(CUDA)), rows.T, other),
+        (product(other.to(CUDA).T, rows.to(CUDA)), other.T, rows),
+    ):
+        exact = left.double() @ right.double()
+        assert float((found.cpu().double() - exact).norm() / exact.norm()) < 1e-5
+
+
+def test_numbers_that_are_not_finite_stay_so_on_tensor_cores() -> None:
+    rows = torch.ones(300, 300, device=CUDA)
+    rows[7, 3] = torch.nan
+    gram = torch.zeros(300, 300, dtype=torch.float64, device=CUDA)
+    add_to_gram(gram, rows)
+    assert torch.isnan(symmetrize(gram).diagonal()).nonzero().flatten().tolist() == [3]
 
 
 def test_distilled() -> None:

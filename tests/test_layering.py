@@ -18,7 +18,7 @@ from optimum_stat.family_table import FAMILIES
 PACKAGE = Path(optimum_stat.__file__).parent
 LAYERS = (
     {"linalg", "family_table", "few_values", "config", "autoload", "processes", "activations", "progress", "coherence"},
-    {"experts", "offload"},
+    {"experts", "offload", "elimination"},
     {"few_pairs"},
     {"anatomy", "journal"},
     {"blocks", "group"},

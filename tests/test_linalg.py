@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from optimum_stat import linalg
+from optimum_stat import elimination, linalg
 
 few = settings(max_examples=15, derandomize=True, deadline=None)
 seeds = st.integers(0, 10_000)
@@ -172,7 +172,7 @@ def _greedy(z: Tensor, target: Tensor, units: int, block: int) -> tuple[list[int
 @given(seeds, st.integers(1, 7), st.sampled_from([1, 1, 2, 3]), st.sampled_from([0.0, 0.05]), st.integers(1, 5))
 def test_backward_elimination_is_greedy_with_refits(seed: int, units: int, block: int, ridge: float, out: int) -> None:
     z, weight = _activations(seed, 50, units * block), _randn(seed + 1, out, units * block)
-    order, error = linalg.backward_elimination(z.T @ z, weight, block, ridge)
+    order, error = elimination.backward_elimination(z.T @ z, weight, block, ridge)
     augmented = _with_ridge(z, ridge)
     expected_order, expected_error = _greedy(augmented, augmented @ weight.T, units, block)
     assert order.tolist() == expected_order
@@ -182,7 +182,7 @@ def test_backward_elimination_is_greedy_with_refits(seed: int, units: int, block
 
 def _pooled_greedy(gram: np.ndarray, weight: np.ndarray, block: int) -> list[int]:
     """The documented rule: of single columns, PANEL removals among the POOL cheapest; every cost from a fresh inverse."""
-    panel, candidates = (linalg.PANEL, linalg.POOL) if block == 1 else (1, None)
+    panel, candidates = (elimination.PANEL, elimination.POOL) if block == 1 else (1, None)
     left, removed = list(range(len(gram) // block)), []
 
     def costs() -> dict[int, float]:
@@ -208,7 +208,7 @@ def _pooled_greedy(gram: np.ndarray, weight: np.ndarray, block: int) -> list[int
 def test_backward_elimination_of_many_units(units: int, block: int) -> None:
     width = units * block
     z, weight = _activations(units, 2 * width, width, spread=1.01), _randn(5, 3, width)
-    order, error = linalg.backward_elimination(z.T @ z, weight, block)
+    order, error = elimination.backward_elimination(z.T @ z, weight, block)
     assert order.tolist() == _pooled_greedy((z.T @ z).numpy(), weight.numpy(), block)
     for k in (0, 1, 17, 40, 96, 130, units - 33, units - 1, units):
         expected = _lost(z, z @ weight.T, _columns(order[:k].tolist(), block))
@@ -219,7 +219,7 @@ def test_backward_elimination_of_many_units(units: int, block: int) -> None:
 def test_backward_elimination_in_single_precision(block: int) -> None:
     width, ridge = 200, 0.01
     z, weight = _activations(3, 600, width, spread=1.02), _randn(6, 3, width)
-    order, error = linalg.backward_elimination((z.T @ z).float(), weight.float(), block, ridge)
+    order, error = elimination.backward_elimination((z.T @ z).float(), weight.float(), block, ridge)
     augmented = _with_ridge(z, ridge)
     expected = [_lost(augmented, augmented @ weight.T, _columns(order[:k].tolist(), block)) for k in range(len(order) + 1)]
     np.testing.assert_allclose(error, expected, rtol=1e-3, atol=1e-5 * expected[0])
@@ -231,7 +231,7 @@ def test_fewer_tokens_than_columns(ridge: float) -> None:
     gram = torch.zeros(120, 120, dtype=torch.float64)
     linalg.add_to_gram(gram, rows)
     linalg.symmetrize(gram)
-    order, error = linalg.backward_elimination(gram, weight, 1, ridge)
+    order, error = elimination.backward_elimination(gram, weight, 1, ridge)
     z = rows.double()
     for k in range(0, 121, 10):
         assert float(error[k]) == pytest.approx(_lost(z, z @ weight.T, order[:k].tolist()), rel=1e-3, abs=1e-5 * float(error[0]))
@@ -248,7 +248,7 @@ def test_error_curve_of_fewer_tokens_than_columns() -> None:
 
 @pytest.mark.parametrize(("dtype", "ridge"), [(torch.float64, 0.0), (torch.float64, 0.01), (torch.float32, 0.01)])
 def test_a_wholly_dead_layer_loses_nothing(dtype: torch.dtype, ridge: float) -> None:
-    order, error = linalg.backward_elimination(torch.zeros(4, 4, dtype=dtype), _randn(0, 2, 4), 1, ridge)
+    order, error = elimination.backward_elimination(torch.zeros(4, 4, dtype=dtype), _randn(0, 2, 4), 1, ridge)
     assert sorted(order.tolist()) == [0, 1, 2, 3]
     assert error.abs().max() < 1e-9
 
@@ -257,7 +257,7 @@ def test_a_wholly_dead_layer_loses_nothing(dtype: torch.dtype, ridge: float) -> 
 def test_copies_go_first_and_cost_nothing(block: int) -> None:
     z, weight = _activations(7, 80, 5 * block), _randn(8, 4, 10 * block)
     both = torch.cat([z, z.flip(1).view(80, 5, block).flip(2).reshape(80, -1)], dim=1)  # unit 9 - u is a copy of u
-    order, error = linalg.backward_elimination(both.T @ both, weight, block)
+    order, error = elimination.backward_elimination(both.T @ both, weight, block)
     assert {min(int(u), 9 - int(u)) for u in order[:5]} == set(range(5))
     assert error[5:].max() < 1e-8 * error[0]
     assert error[4] > 1e-4 * error[0]
@@ -266,7 +266,7 @@ def test_copies_go_first_and_cost_nothing(block: int) -> None:
 def test_a_dead_column_goes_first() -> None:
     z, weight = _activations(9, 40, 4), _randn(9, 2, 4)
     z[:, 2] = 0
-    order, error = linalg.backward_elimination(z.T @ z, weight)
+    order, error = elimination.backward_elimination(z.T @ z, weight)
     assert order[-1] == 2
     assert error[3] <= 1e-9 * error[0]
     assert torch.isfinite(error).all()
@@ -276,12 +276,12 @@ def test_a_metric_on_the_output_enters_through_the_weight() -> None:
     z, weight, root = _activations(10, 60, 6), _randn(11, 3, 6), _randn(12, 3, 3)
     metric = root @ root.T
     values, vectors = torch.linalg.eigh(metric)
-    order, error = linalg.backward_elimination(z.T @ z, (vectors * values.sqrt()) @ vectors.T @ weight)
+    order, error = elimination.backward_elimination(z.T @ z, (vectors * values.sqrt()) @ vectors.T @ weight)
     for k in range(7):
         keep = order[:k].tolist()
         left = z @ weight.T - z[:, keep] @ torch.linalg.lstsq(z[:, keep], z @ weight.T).solution if k else z @ weight.T
         assert float(error[k]) == pytest.approx(float(torch.trace(left @ metric @ left.T)), rel=1e-7, abs=1e-9)
-    assert order.tolist() != linalg.backward_elimination(z.T @ z, weight)[0].tolist()
+    assert order.tolist() != elimination.backward_elimination(z.T @ z, weight)[0].tolist()
 
 
 def test_unit_columns() -> None:

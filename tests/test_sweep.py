@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 
 from optimum_stat import STATConfig, STATPruner, SurgeonConfig, SurgeonPruner
 from optimum_stat.budget import Cost
-from optimum_stat.linalg import backward_elimination
+from optimum_stat.elimination import backward_elimination
 from optimum_stat.sweep import SHARES
 
 KEEP = [0.6, 0.9, 0.75]

@@ -12,9 +12,10 @@ from optimum_stat import FisherConfig, FisherPruner, PruningConfig, STATConfig, 
 from optimum_stat.budget import Ranking
 from optimum_stat.currency import Currency
 from optimum_stat.data import Batches
+from optimum_stat.elimination import backward_elimination
 from optimum_stat.families import Group, weight
 from optimum_stat.gradients import outputs_of
-from optimum_stat.linalg import backward_elimination, error_curve, pivoted_cholesky
+from optimum_stat.linalg import error_curve, pivoted_cholesky
 from optimum_stat.methods.stat import Moments
 from optimum_stat.slicing import Plan
 

@@ -1,7 +1,7 @@
 """Time and memory of pruning a Llama of random weights, by default of the 7B one's shape, in bfloat16 on a GPU.
 
     python examples/benchmarks/large_model.py [--hidden 4096 --neurons 11008 --heads 32 --kv-heads 32 --layers 32]
-        [--method stat] [--keep 0.75] [--num-tokens 65536] [--device cuda]
+        [--method stat] [--keep 0.75] [--structures heads neurons] [--num-tokens 65536] [--device cuda]
 
 Neither depends on what the weights are; quality does, and is not looked at. Printed: the report, with its time by stages, the
 peak of the GPU's memory, and the time of a forward pass over the same tokens before and after.
@@ -30,6 +30,7 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=32)
     parser.add_argument("--method", default="stat", choices=["fisher", "stat", "surgeon"])
     parser.add_argument("--keep", type=float, default=0.75)
+    parser.add_argument("--structures", nargs="+", default=["heads", "neurons"])
     parser.add_argument("--num-tokens", type=int, default=65536)
     parser.add_argument("--device", default="cuda")
     args = parser.parse_args()
@@ -51,7 +52,8 @@ def main() -> None:
     batches = [{"input_ids": part} for part in torch.split(windows, 8)]
     before = forward_seconds(model, batches)
     method = next(each for each in METHODS if each.method == args.method)
-    pruner = method(model, method.config_class(keep=args.keep, num_tokens=args.num_tokens, max_examples=len(windows)))
+    asked = {"keep": args.keep, "structures": tuple(args.structures), "num_tokens": args.num_tokens, "max_examples": len(windows)}
+    pruner = method(model, method.config_class(**asked))
     start = time.perf_counter()
     pruned = pruner.prune(windows)
     seconds = time.perf_counter() - start

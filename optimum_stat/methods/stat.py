@@ -17,9 +17,9 @@ from ..config import PruningConfig
 from ..correction import corrected_consumer, cut_and_correct, set_bias
 from ..currency import Currency
 from ..data import Batches
+from ..elimination import backward_elimination
 from ..families import Group, find_blocks, groups_of_block, weight
 from ..gradients import output_worth
-from ..linalg import backward_elimination
 from ..probes import num_predictions
 from ..pruner import Pruner
 from ..slicing import Plan, set_weight, slice_group

@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 from ..correction import LeastSquares
+from ..elimination import backward_elimination
 from ..families import Group, weight
-from ..linalg import add_to_gram, backward_elimination
+from ..linalg import add_to_gram
 from ..walk import BlockWalk
 
 

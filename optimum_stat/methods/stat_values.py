@@ -17,9 +17,10 @@ from torch import Tensor, nn
 from ..budget import Ranking, allocate
 from ..correction import set_bias
 from ..currency import Currency
+from ..elimination import backward_elimination
 from ..families import Group, values_of, weight
 from ..few_values import narrow_values
-from ..linalg import backward_elimination, cholesky, damped, least_squares_map, solve_psd, unit_columns
+from ..linalg import cholesky, damped, least_squares_map, solve_psd, unit_columns
 from ..slicing import set_weight
 from .stat_inputs import Inputs
 

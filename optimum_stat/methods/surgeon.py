@@ -14,8 +14,9 @@ from ..card import Paper
 from ..config import PruningConfig
 from ..correction import corrected_consumer, set_bias
 from ..data import Batches
+from ..elimination import backward_elimination
 from ..families import Group, find_blocks, find_groups, weight
-from ..linalg import backward_elimination, cholesky
+from ..linalg import cholesky
 from ..offload import brought_in
 from ..probes import num_predictions
 from ..pruner import Pruner
