@@ -49,8 +49,11 @@ class Command(BaseOptimumCLICommand):
             if self.args.debug:
                 raise
             _fail(2 if isinstance(error, WrongArguments) else 1, _line(error))
-        if MAIN:
-            print(json.dumps(_finite(values), indent=2) if self.args.json else text)
+        try:
+            if MAIN:
+                print(json.dumps(_finite(values), indent=2) if self.args.json else text, flush=True)
+        except BrokenPipeError:  # nobody reads on, such as `| head`; what Python still has for them goes nowhere
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def check_model(model: str) -> None:

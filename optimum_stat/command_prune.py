@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 from typing import Any, final
 
-from . import command_data, command_options, command_training
+from . import command_data, command_options, command_training, command_values
 from .command_base import LOGGER, Command, Result, WrongArguments, check_model, device, loading
 from .command_resume import Unfinished
 
@@ -20,7 +20,7 @@ class PruneCommand(Command):
     def parse_args(parser: Any) -> None:
         """Declare the options."""
         parser.description = "Prune a model and write it, ready for from_pretrained, into a new folder."
-        parser.add_argument("output", metavar="OUTPUT", type=Path, help="folder to write, new or empty")
+        parser.add_argument("output", metavar="OUTPUT", type=command_values.place, help="folder to write, new or empty")
         parser.add_argument("-m", "--model", required=True, help="a model on the Hub, or a folder")
         command_options.add_config_options(parser)
         command_options.add_data_options(parser, "which part of the dataset (default: train)")

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import argparse
 import json
-from pathlib import Path
 from typing import Any, final
 
-from . import command_data, command_options
+from . import command_data, command_options, command_values
 from .command_base import Command, Result, WrongArguments, check_model
 from .command_prune import check_output, method_and_config, pruner_and_data
 
@@ -24,7 +23,9 @@ class SweepCommand(Command):
             "share that it keeps, beside sweep.json with the table that is printed. Without OUTPUT nothing is cut: the table "
             "says what would be kept, and which error the method expects. (`plan` says, without data, what a run would take.)"
         )
-        parser.add_argument("output", metavar="OUTPUT", nargs="?", type=Path, help="folder to write, new or empty")
+        parser.add_argument(
+            "output", metavar="OUTPUT", nargs="?", type=command_values.place, help="folder to write, new or empty"
+        )
         parser.add_argument("-m", "--model", required=True, help="a model on the Hub, or a folder")
         parser.add_argument(
             "--keep", dest="shares", type=_shares, metavar="SHARE,...", help="such as 0.8,0.6,0.4 (default: 1, 0.95, ..., 0.1)"

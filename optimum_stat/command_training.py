@@ -42,7 +42,7 @@ def _parsed(pairs: list[str]) -> dict[str, Any]:
         raise WrongArguments(f"--training-args {wrong} asked; it takes NAME=VALUE, such as learning_rate=5e-5.")
     given = dict(pair.split("=", 1) for pair in pairs)
     parser = HfArgumentParser(TrainingArguments, exit_on_error=False)
-    known = {action.dest for action in parser._actions}
+    known = {action.dest for action in parser._actions} - {"help"}
     unknown = sorted(given.keys() - known)
     if unknown:
         raise WrongArguments(f"--training-args {unknown[0]}=... asked, but transformers.TrainingArguments has no {unknown[0]}.")

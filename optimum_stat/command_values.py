@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 
 def names(text: str) -> tuple[str, ...]:
@@ -31,6 +33,21 @@ def real(text: str) -> float | None:
     """A number, or None for "none"."""
     with _understood(text, "a number, or none"):
         return None if text.lower() == "none" else float(text)
+
+
+def place(text: str) -> Path:
+    """A folder to write; one of which parts lead back up exists only once they do."""
+    path = Path(text)
+    return path.resolve() if ".." in path.parts else path
+
+
+def file(text: str) -> Path:
+    """A file to write, refused before any work if that cannot be."""
+    path = Path(text)
+    above = path.absolute().parent
+    if path.is_dir() or not above.is_dir() or not os.access(path if path.exists() else above, os.W_OK):
+        raise argparse.ArgumentTypeError(f"{text!r} asked, but no file can be written there.")
+    return path
 
 
 @contextmanager

@@ -84,7 +84,9 @@ class ProfileCommand(Command):
             "with which `prune` finds it remembered. Run it on a machine that does nothing else."
         )
         parser.add_argument("model", metavar="MODEL", help="a model on the Hub, or a folder")
-        parser.add_argument("-o", "--output", type=Path, metavar="FILE", help="write it here too, for --latency-table")
+        parser.add_argument(
+            "-o", "--output", type=command_values.file, metavar="FILE", help="write it here too, for --latency-table"
+        )
         command_options.add_serving_options(parser)
         command_options.add_model_options(parser)
         command_options.add_output_options(parser)
@@ -119,7 +121,7 @@ class ReportCommand(Command):
             "pictures that stands alone: no scripts, nothing loaded from anywhere."
         )
         parser.add_argument("folders", metavar="FOLDER", nargs="+", type=Path, help="a pruned model")
-        parser.add_argument("--html", type=Path, metavar="FILE", help="write the page here")
+        parser.add_argument("--html", type=command_values.file, metavar="FILE", help="write the page here")
         command_options.add_output_options(parser)
 
     def work(self) -> Result:

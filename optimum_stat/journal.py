@@ -10,6 +10,7 @@ from __future__ import annotations
 import errno
 import hashlib
 import json
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,6 +24,7 @@ from .processes import Processes
 
 FORMAT = 2
 INDEX = "journal.json"
+OURS = re.compile(rf"\d{{6,}}-\d{{3,}}\.(safetensors|part)|{re.escape(INDEX)}.*")
 PIECE = 1 << 26  # bytes, about, in a file: what is written is copied before, so an entry may be larger than what is free
 
 
@@ -141,7 +143,7 @@ class Journal:
         beside.replace(self.folder / INDEX)
 
     def _take(self, entries: Mapping[str, Any], processes: Processes) -> None:
-        """The longest beginning whose files are intact, in all processes; everything else in the folder goes."""
+        """The longest beginning whose files are intact, in all processes; everything else of ours in the folder goes."""
         assert self.folder is not None
         keys = list(entries)
         good = next((at for at, key in enumerate(keys) if not _intact(self.folder, entries[key])), len(keys))
@@ -149,7 +151,7 @@ class Journal:
         self._entries = {key: dict(entries[key]) for key in keys[:good]}
         files = {name for entry in self._entries.values() if not entry.get("gone") for name in entry["files"]}
         for path in self.folder.iterdir():
-            if path.name not in {*files, INDEX}:
+            if path.name not in {*files, INDEX} and OURS.fullmatch(path.name):
                 path.unlink()
         self._obsolete = self._waiting()
         self._write(self._entries)

@@ -18,20 +18,20 @@ from torch import Tensor
 from transformers import PreTrainedModel, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
 
-from . import card, checkpoint, training, training_arguments
+from . import card, checkpoint, training_arguments, training_state
 from .blocks import reads_tokens_alone
 from .budget import Ranking
 from .currency import Currency
 from .data import Batches, pad_id_of
 from .experts import opened_in
-from .families import Group, find_groups
+from .families import Group, find_groups, task_of
 from .pruner import Pruner
 from .report import GroupReport, Lines, TimedStage
 from .slicing import Plan, restored_on_error, slice_model
 from .stream import narrow, shorten
 from .trained_config import TrainedConfig
-from .training import Masks, PruningTrainer, differing, masks_in, own_randomness, trainable, values_restored_on_error
-from .training_data import Example, examples, metrics_of
+from .training import Masks, PruningTrainer, differing, masks_in
+from .training_data import Example, examples, metrics_of, with_labels
 from .training_sizes import Size, error_curve, orders
 from .trunk import HIDDEN, LAYERS, trunk_line
 
@@ -114,13 +114,13 @@ class TrainedPruner(Pruner[T]):
         evaluation = None if eval_dataset is None else self._read(eval_dataset, text_columns, label_column, needs="data")
         named = teacher if isinstance(teacher, str) or teacher is None else teacher.name_or_path or type(teacher).__name__
         taught = (named or card.DENSE) if self.config.distill else None
-        with tempfile.TemporaryDirectory() as spare, own_randomness():
+        with tempfile.TemporaryDirectory() as spare, training_state.own_randomness():
             args = self._arguments(training_args, spare)
             training_arguments.check(args, self.model, evaluation)
             resume = resume_from_checkpoint or args.resume_from_checkpoint
             # the teacher is taken before anything changes: it may be this very model
             self._run = _Run(args, evaluation, self._teacher(teacher), resume, wanted)
-            kept = values_restored_on_error(self.model) if self._guard is restored_on_error else nullcontext()
+            kept = training_state.values_restored_on_error(self.model) if self._guard is restored_on_error else nullcontext()
             try:
                 with kept:
                     model = Pruner.prune(self, dataset, text_columns=text_columns, label_column=label_column)
@@ -140,7 +140,7 @@ class TrainedPruner(Pruner[T]):
     @final
     def shoot(self, keep: float, batches: Batches, stage: TimedStage) -> Lines:
         """Train, prune to `keep`, train what is left."""
-        with training.lent(self.model), torch.enable_grad():
+        with training_state.lent(self.model), torch.enable_grad():
             before = self._evaluate()
             lines = self.lines(keep, batches, stage)
             if self.config.finetune_epochs:
@@ -184,7 +184,7 @@ class TrainedPruner(Pruner[T]):
         finished = Path(args.output_dir) / FINETUNE / MASKED
         names = own.trainable if self.trains_weights else []
         # in this order: masks may give the weights other names
-        with trainable(self.model, names), masks_in(self.model, masks):
+        with training_state.trainable(self.model, names), masks_in(self.model, masks):
             for parameter in masks.parameters():
                 parameter.requires_grad_(True)
             masks.to(args.device)
@@ -221,11 +221,12 @@ class TrainedPruner(Pruner[T]):
         args.output_dir = str(Path(args.output_dir) / FINETUNE)
         args.num_train_epochs, args.max_steps = self.config.finetune_epochs, -1
         last = get_last_checkpoint(args.output_dir) if self._run.resume and Path(args.output_dir).is_dir() else None
-        with trainable(self.model, self._run.trainable):
+        with training_state.trainable(self.model, self._run.trainable):
             self._train(args, rows, None, last)
 
     def _train(self, args: TrainingArguments, rows: list[Example], masks: Masks | None, resume: str | Path | bool | None) -> None:
-        with training.undisturbed(self.model):
+        rows = rows if self.config.distill == 1 else with_labels(rows)
+        with training_state.undisturbed(self.model):
             trainer = self._trainer(args, rows, masks)
             trainer.train(resume_from_checkpoint=str(resume) if isinstance(resume, Path) else resume)
         if not trainer.state.global_step:
@@ -249,7 +250,7 @@ class TrainedPruner(Pruner[T]):
         evaluation = self._run.evaluation
         if evaluation is None:
             return []
-        with training.undisturbed(self.model):
+        with training_state.undisturbed(self.model):
             found = self._trainer(self._run.args, [], None).evaluate()
         names = metrics_of(self.model) or ("loss",)
         return [{"name": name, "dataset": evaluation.source, "value": round(found[f"eval_{name}"], 4)} for name in names]
@@ -281,6 +282,9 @@ class TrainedPruner(Pruner[T]):
             teacher = checkpoint.load(asked)[0]
         else:
             teacher = copy.deepcopy(asked)
+        tasks = [task_of(model) for model in (self.model, teacher)]
+        if len(set(tasks)) > 1:
+            raise ValueError(f"The teacher {type(teacher).__name__} is for {tasks[1]}, the model for {tasks[0]}: no common loss.")
         for name in ("num_labels", "vocab_size"):
             here, there = (getattr(model.config.get_text_config(), name, None) for model in (self.model, teacher))
             if here != there:

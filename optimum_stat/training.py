@@ -2,25 +2,25 @@
 
 from __future__ import annotations
 
-import random
+import logging
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
+from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_pt_utils import LengthGroupedSampler
 from transformers.trainer_utils import get_last_checkpoint
+from transformers.utils.logging import is_progress_bar_enabled
 
 from . import teacher_losses
 from .families import Group, task_of
-from .probes import device_of
 from .slicing import Plan
 from .training_data import Collator, Example, metrics_of, scores
 
+LOGGER = logging.getLogger(__name__)
 MASKS = "stat_masks"
 """Where the masks hang in the model while it trains, so that Trainer's checkpoints hold them."""
 
@@ -96,6 +96,8 @@ class PruningTrainer(Trainer):
             compute_metrics=None if not metrics_of(model) else lambda prediction: scores(model, prediction),
             callbacks=[_Watch(masks)],
         )
+        if not is_progress_bar_enabled():
+            self.remove_callback(PrinterCallback)  # which takes the bar's place
         self._masks, self._distill, self._layers = masks, distill, layers
         own = set() if masks is None else set(masks.parameters())
         self._frozen = not any(p.requires_grad for p in model.parameters() if p not in own)
@@ -171,7 +173,7 @@ class _ByLength(LengthGroupedSampler):
 
 
 class _Watch(TrainerCallback):
-    """Moves the schedule before every step, and looks at the gradients after it."""
+    """Moves the schedule before every step, looks at the gradients after it, and hands on what Trainer tells."""
 
     def __init__(self, masks: Masks | None):
         self._masks = masks
@@ -179,6 +181,10 @@ class _Watch(TrainerCallback):
     def on_step_begin(self, args: TrainingArguments, state: Any, control: Any, **kwargs: Any) -> None:
         if self._masks is not None:
             self._masks.step(state.global_step / state.max_steps)
+
+    def on_log(self, args: TrainingArguments, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+        told = {"step": state.global_step, "steps": state.max_steps, **(logs or {})}
+        LOGGER.debug("training: step %s of %s", state.global_step, state.max_steps, extra={"progress": told})
 
     def on_pre_optimizer_step(self, args: TrainingArguments, state: Any, control: Any, **kwargs: Any) -> None:
         gradients = [p.grad for p in kwargs["model"].parameters() if p.grad is not None]
@@ -216,82 +222,3 @@ def masks_in(model: nn.Module, masks: Masks) -> Iterator[None]:
             yield
         finally:
             del model._modules[MASKS]
-
-
-@contextmanager
-def own_randomness() -> Iterator[None]:
-    """Trainer seeds every generator there is; afterwards they are where they were."""
-    python, numpy = random.getstate(), np.random.get_state()
-    with torch.random.fork_rng():
-        try:
-            yield
-        finally:
-            random.setstate(python)
-            np.random.set_state(numpy)
-
-
-@contextmanager
-def trainable(model: nn.Module, names: Sequence[str]) -> Iterator[None]:
-    """The parameters `names` want gradients, all are in single precision or better; dtypes are put back, gradients are gone."""
-    dtypes = {}
-    for name, parameter in model.named_parameters():
-        dtypes[name] = parameter.dtype
-        if names:  # what stays frozen has to compute with what trains
-            parameter.data = parameter.data.to(torch.promote_types(parameter.dtype, torch.float32))
-            parameter.requires_grad_(name in names)
-    try:
-        yield
-    finally:
-        for name, parameter in model.named_parameters():
-            parameter.requires_grad_(False)
-            parameter.grad = None
-            parameter.data = parameter.data.to(dtypes[name])
-
-
-@contextmanager
-def values_restored_on_error(model: nn.Module) -> Iterator[None]:
-    """Every parameter has its old values back, bit for bit and on its old device, if the enclosed work fails."""
-    before = [(parameter, parameter.data) for parameter in model.parameters()]
-    for parameter, value in before:
-        parameter.data = value.clone()
-    try:
-        yield
-    except BaseException:
-        for parameter, value in before:
-            parameter.data = value
-        raise
-
-
-@contextmanager
-def undisturbed(model: PreTrainedModel) -> Iterator[None]:
-    """Trainer writes into the model's config, and mixed precision puts a forward of its own into the model."""
-    config, own = dict(vars(model.config)), model.__dict__
-    forward = own.get("forward")
-    try:
-        yield
-    finally:
-        vars(model.config).clear()
-        vars(model.config).update(config)
-        for name, before in (("forward", forward), ("_original_forward", None)):
-            own.pop(name, None)
-            own.update({} if before is None else {name: before})
-
-
-@contextmanager
-def lent(model: PreTrainedModel) -> Iterator[None]:
-    """Trainer moves the model to the device that it trains on.
-
-    And transformers, asked for hidden states, hangs hooks into the model that stay, and notes that they hang there.
-    """
-    device, spread, noted = device_of(model), getattr(model, "hf_device_map", None), "_output_capturing_hooks_installed"
-    hooks = [(module, set(module._forward_hooks), noted in module.__dict__) for module in model.modules()]
-    try:
-        yield
-    finally:
-        for module, own, was_noted in hooks:
-            for hook in module._forward_hooks.keys() - own:
-                del module._forward_hooks[hook]
-            if not was_noted:
-                module.__dict__.pop(noted, None)
-        if spread is None:
-            model.to(device)

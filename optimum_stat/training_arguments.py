@@ -20,6 +20,11 @@ def check(args: TrainingArguments, model: nn.Module, evaluation: Batches | None)
         raise ValueError(f"label_smoothing_factor={args.label_smoothing_factor} asked; the loss here has none. Leave it out.")
     if evaluation is not None and (args.bf16_full_eval or args.fp16_full_eval):
         raise ValueError("An evaluation in half precision asked, which would leave the weights in it. Leave it out.")
+    for name in ("prediction_loss_only", "batch_eval_metrics", "label_names"):
+        if evaluation is not None and getattr(args, name):
+            raise ValueError(
+                f"{name}={getattr(args, name)!r} asked, but the metrics are those of the model's task. Leave it out."
+            )
     wanted, known = args.metric_for_best_model, ("loss", *metrics_of(model))
     if evaluation is None and (args.eval_strategy != "no" or wanted):
         raise ValueError("training_args ask for an evaluation, and there is nothing to evaluate on: pass eval_dataset=.")

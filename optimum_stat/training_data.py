@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from .data import Batches, joined
 from .families import task_of
-from .labels import IGNORED
+from .labels import IGNORED, POSITIONS
 
 Example = dict[str, Tensor]
 """`input_ids` and the like [length], `labels` [length] or [] or [classes], `start_positions` []."""
@@ -26,6 +26,28 @@ def examples(batches: Batches) -> list[Example]:
             own = {name: value[row] for name, value in {**batch, **labels}.items()}
             found.append({name: value[:length] if value.shape[:1] == mask.shape else value for name, value in own.items()})
     return found
+
+
+def with_labels(rows: Sequence[Example]) -> list[Example]:
+    """Those with a label that a loss counts: a mean over none of a batch is no number.
+
+    Raises:
+        ValueError: there are none.
+    """
+    found = [row for row in rows if _counts(row)]
+    if not found:
+        raise ValueError(
+            f"None of {len(rows)} examples has a label that counts: tokens without one have {IGNORED}, and an answer behind the "
+            "last token that was read is none (seq_len). Or use distill=1, which needs no labels."
+        )
+    return found
+
+
+def _counts(row: Example) -> bool:
+    if POSITIONS[0] in row:
+        return any(0 <= int(row[name]) < len(row["input_ids"]) for name in POSITIONS)
+    labels = row.get("labels")
+    return labels is None or not labels.dim() or labels.is_floating_point() or bool((labels != IGNORED).any())
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import shlex
 import shutil
 import signal
 import subprocess
@@ -389,6 +390,7 @@ def test_autoload_status(capsys: pytest.CaptureFixture[str]) -> None:
         (["--teacher", "them"], 2, "error: --teacher is no option of method stat, which does not train."),
         (["--method", "movement", "--resume"], 2, "--resume asked, but there is nowhere to resume from: --training-args"),
         (["--method", "movement", "--training-args", "speed=9"], 2, "transformers.TrainingArguments has no speed."),
+        (["--method", "movement", "--training-args", "help=1"], 2, "transformers.TrainingArguments has no help."),
         (["--method", "movement", "--training-args", "max_steps"], 2, "--training-args max_steps asked; it takes NAME=VALUE"),
         (["--method", "movement", "--training-args", "max_steps=few"], 2, "--training-args: argument --max_steps"),
         (["--method", "movement", "--eval-split", "test"], 2, "--eval-split asked without --dataset"),
@@ -477,6 +479,26 @@ def test_a_full_folder_is_refused_before_anything_is_loaded(tmp_path: Path, caps
     line = fails(capsys, 1, "prune", str(tmp_path / "out"), "-m", "./there/is/no/model")
     assert f"{tmp_path / 'out'} exists and is not an empty folder" in line
     assert "cannot be made" in fails(capsys, 1, "prune", str(tmp_path / "out" / "mine" / "deep"), "-m", "./no/model")
+
+
+def test_files_that_cannot_be_written_are_refused_before_the_work(
+    folders: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for where in (tmp_path, tmp_path / "no" / "file"):
+        assert "no file can be written there" in fails(capsys, 2, "profile", folders["encoder"], "-o", str(where))
+        assert "no file can be written there" in fails(capsys, 2, "report", str(tmp_path), "--html", str(where))
+
+
+def test_a_place_that_leads_up_again(folders: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    main(["prune", str(tmp_path / "not" / "there" / ".." / ".." / "out"), "-m", folders["encoder"], "--quiet"])
+    assert {path.name for path in tmp_path.iterdir()} == {"out"}
+    assert f"saved in {(tmp_path / 'out').resolve()}" in capsys.readouterr().out
+
+
+def test_a_reader_that_leaves_is_no_mistake(pruned: dict[str, str]) -> None:
+    command = f"{shlex.quote(str(BIN))}/optimum-stat inspect {shlex.quote(pruned['llama'])} | true"
+    found = subprocess.run(["sh", "-c", command], capture_output=True, text=True, check=False)
+    assert "BrokenPipe" not in found.stderr
 
 
 def test_files_without_sense_are_refused(folders: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -58,6 +58,7 @@ LAYERS = (
         "semi_structured",
         "training",
         "training_arguments",
+        "training_state",
         "training_data",
         "training_sizes",
     },

@@ -153,6 +153,18 @@ def test_damage_is_noticed_and_done_again(damage: str, which: int, tmp_path: Pat
     assert same(pruned("stat", "llama", tmp_path), expected)
 
 
+def test_what_somebody_else_keeps_in_the_folder_stays(tmp_path: Path) -> None:
+    pruned("stat", "llama", tmp_path)
+    (own,) = tmp_path.iterdir()
+    (own / "notes.txt").write_text("mine")
+    (own / "more").mkdir()
+    (own / "000099-000.part").touch()
+    pruned("stat", "llama", tmp_path)
+    assert (own / "notes.txt").read_text() == "mine"
+    assert (own / "more").is_dir()
+    assert not (own / "000099-000.part").exists()
+
+
 def test_another_run_is_refused(tmp_path: Path) -> None:
     pruned("stat", "llama", tmp_path)
     with pytest.raises(ValueError, match=r"holds what another run has done: its config was .*'keep': 0.6.* now .*'keep': 0.7"):

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
+import os
 import shlex
 import shutil
 from contextlib import contextmanager
@@ -17,14 +19,16 @@ from tiny import batches, many, one_in_three, outputs, tiny
 from torch import Tensor, nn
 from transformers import TrainingArguments
 from transformers.modeling_outputs import ModelOutput
+from transformers.utils import logging as hf_logging
 
 from optimum_stat import MovementConfig, MovementPruner, VIBConfig, VIBPruner
 from optimum_stat.commands import PruneCommand
 from optimum_stat.families import Group, find_groups
 from optimum_stat.teacher_losses import of_layers, of_outputs
 from optimum_stat.trained import TrainedPruner
-from optimum_stat.training import Diverged, Masks, PruningTrainer, masks_in, trainable
+from optimum_stat.training import Diverged, Masks, PruningTrainer, masks_in
 from optimum_stat.training_data import Collator, examples, metrics_of, scores
+from optimum_stat.training_state import trainable
 
 QUIET = {"disable_tqdm": True, "report_to": "none"}
 METHODS: dict[str, Any] = {
@@ -279,6 +283,10 @@ def test_a_larger_teacher():
     assert torch.equal(outputs(teacher, batches()[0]), before)
     with pytest.raises(ValueError, match="The teacher's num_labels is 5, the model's 3"):
         pruner_for("movement", model).prune(labelled(), teacher=tiny("bert", "SequenceClassification", num_labels=5))
+    with pytest.raises(
+        ValueError, match="The teacher BertForQuestionAnswering is for question-answering, the model for text-class"
+    ):
+        pruner_for("movement", model).prune(labelled(), teacher=tiny("bert", "QuestionAnswering"))
     with pytest.raises(ValueError, match="distill=0 asks for none"):
         pruner_for("movement", model, distill=0.0).prune(labelled(), teacher=teacher)
 
@@ -396,6 +404,51 @@ def test_arguments_that_would_do_nothing_are_refused(asked: dict[str, Any], mess
     with pytest.raises(ValueError, match=message):
         pruner_for("movement", model).prune(Dataset.from_list(labelled()), training_args={"report_to": "none", **asked})
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize("asked", [{"prediction_loss_only": True}, {"batch_eval_metrics": True}, {"label_names": ["label"]}])
+def test_an_evaluation_without_its_metrics_is_refused(asked: dict[str, Any]):
+    rows = Dataset.from_list(labelled())
+    with pytest.raises(ValueError, match=f"{next(iter(asked))}=.* asked, but the metrics are those of the model's task"):
+        pruner_for("movement", tiny("bert", "SequenceClassification")).prune(rows, rows, {"report_to": "none", **asked})
+
+
+def test_switches_that_training_throws_are_as_before():
+    model = tiny("bert", "SequenceClassification")
+    environment, named = dict(os.environ), {field.name for field in dataclasses.fields(TrainingArguments)}
+    checkpointing = min({"activation_checkpointing", "gradient_checkpointing"} & named)  # the first since transformers 5.24
+    asked = {**QUIET, checkpointing: True, "full_determinism": True}
+    pruner_for("movement", model, finetune_epochs=1.0).prune(Dataset.from_list(labelled()), training_args=asked)
+    assert not any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
+    assert not torch.are_deterministic_algorithms_enabled()
+    assert (torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark) == (False, False)
+    assert dict(os.environ) == environment
+
+
+def test_without_bars_training_prints_nothing_and_the_log_has_what_it_tells(
+    capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(hf_logging, "_tqdm_active", False)
+    with caplog.at_level("DEBUG", "optimum_stat"):
+        asked = {**QUIET, "logging_steps": 1}
+        pruner_for("movement", tiny("bert", "SequenceClassification")).prune(labelled(), training_args=asked)
+    assert capsys.readouterr().out == ""
+    told = [record.progress for record in caplog.records if record.message.startswith("training: step 1 of")]
+    assert "loss" in told[0]
+
+
+@pytest.mark.parametrize("head", ["TokenClassification", "QuestionAnswering"])
+def test_examples_without_a_label_that_counts_are_left_out(head: str):
+    """A batch of such alone has no loss; where there are no others, that is said."""
+    plain = [{"input_ids": row["input_ids"]} for row in labelled(16)]
+    if head == "QuestionAnswering":
+        rows, empty = ([{**row, "start_positions": at, "end_positions": at} for row in plain] for at in (2, 99))
+    else:
+        rows, empty = ([{**row, "labels": [each] * len(row["input_ids"])} for row in plain] for each in (1, -100))
+    asked = {**QUIET, "per_device_train_batch_size": 1, "num_train_epochs": 1}
+    pruner_for("movement", tiny("bert", head), distill=0.0).prune(rows + empty, training_args=asked)
+    with pytest.raises(ValueError, match="None of 16 examples has a label that counts"):
+        pruner_for("movement", tiny("bert", head), distill=0.0).prune(empty, training_args=asked)
 
 
 def test_an_evaluation_in_half_precision_is_refused():
