@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 
 from .blocks import is_causal, reads_tokens_alone
+from .config import PruningConfig
 from .data import Batches, make_batches
 from .families import task_of
 from .few_pairs import FewPairs
@@ -26,18 +27,28 @@ if TYPE_CHECKING:
     from .pruner import Pruner
 
 
-def read(pruner: Pruner[Any], dataset: Any, text_columns: Sequence[str] | None, label_column: str | None, use: str) -> Batches:
-    """Batches for the pruner's model, shared among the processes there are. use: of labels, see `Pruner.labels`."""
-    model = pruner.model
+def read(
+    pruner: Pruner[Any],
+    dataset: Any,
+    text_columns: Sequence[str] | None,
+    label_column: str | None,
+    use: str = "",
+    config: PruningConfig | None = None,
+) -> Batches:
+    """Batches for the pruner's model, shared among the processes there are. use: of labels, see `Pruner.labels`, the default.
+
+    config: which of the data to read, the pruner's by default.
+    """
+    model, use, config = pruner.model, use or pruner.labels, config or pruner.config
     if use == "none" and label_column is not None:
         raise ValueError(f"label_column={label_column!r} asked, but {pruner.method} with this config reads no labels.")
     asked: dict[str, Any] = {"labels_for": None if use == "none" else model, "labels_needed": use == "data"}
     asked |= {"text_columns": text_columns, "label_column": label_column}
     if reads_tokens_alone(model):
         causal = is_causal(model) and task_of(model) in ("text-generation", "feature-extraction")
-        batches = make_batches(dataset, model.config, pruner.config, causal=causal, tokenizer=pruner.tokenizer, **asked)
+        batches = make_batches(dataset, model.config, config, causal=causal, tokenizer=pruner.tokenizer, **asked)
     else:
-        batches = make_media_batches(dataset, model, pruner.config, processor=pruner.tokenizer, **asked)
+        batches = make_media_batches(dataset, model, config, processor=pruner.tokenizer, **asked)
     return replace(batches, processes=Processes.launched())
 
 

@@ -37,7 +37,7 @@ def _parsed(pairs: list[str]) -> dict[str, Any]:
     """`name=value` as `transformers.TrainingArguments` has them: only the names given, with values of the right type."""
     from transformers import HfArgumentParser, TrainingArguments
 
-    wrong = next((pair for pair in pairs if "=" not in pair), None)
+    wrong = next((pair for pair in pairs if "=" not in pair or pair == "output_dir="), None)
     if wrong is not None:
         raise WrongArguments(f"--training-args {wrong} asked; it takes NAME=VALUE, such as learning_rate=5e-5.")
     given = dict(pair.split("=", 1) for pair in pairs)

@@ -253,16 +253,14 @@ class Pruner(ABC, Generic[C]):
         calibration.refuse_unprunable(model)
         check_finite(model)
         calibration.refuse_offloaded(self)
-        batches = self._read(dataset, text_columns, label_column)
+        batches = calibration.read(self, dataset, text_columns, label_column)
         self.stages.clear()
+        self.metrics.clear()
         self._currency = Currency.of(model, self.config, batches, self.cost(batches), self.timer())
         self.config, self.forward_seconds = self.currency.asked(self.config, keep), forward_seconds(model, batches)
         self.check(keep or self.config.keep, batches)
         self._dense = teacher_of(model) if self.config.distill_epochs else None
         return batches
-
-    def _read(self, dataset: Any, text_columns: Columns, label_column: str | None, needs: str = "") -> Batches:
-        return calibration.read(self, dataset, text_columns, label_column, needs or self.labels)
 
     def cost(self, batches: Batches) -> Cost:
         """The size of the model as it is now."""

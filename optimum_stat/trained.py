@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-import shutil
+import math
 import tempfile
 from abc import abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -18,13 +18,13 @@ from torch import Tensor
 from transformers import PreTrainedModel, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
 
-from . import card, checkpoint, training_arguments, training_state
+from . import calibration, card, teachers, training_arguments, training_run, training_state
 from .blocks import reads_tokens_alone
 from .budget import Ranking
 from .currency import Currency
 from .data import Batches, pad_id_of
 from .experts import opened_in
-from .families import Group, find_groups, task_of
+from .families import Group, find_groups
 from .pruner import Pruner
 from .report import GroupReport, Lines, TimedStage
 from .slicing import Plan, restored_on_error, slice_model
@@ -34,9 +34,6 @@ from .training import Masks, PruningTrainer, differing, masks_in
 from .training_data import Example, examples, metrics_of, with_labels
 from .training_sizes import Size, error_curve, orders
 from .trunk import HIDDEN, LAYERS, trunk_line
-
-FINETUNE, MASKED = "finetune", "masked.safetensors"
-
 
 T = TypeVar("T", bound=TrainedConfig)
 
@@ -85,13 +82,13 @@ class TrainedPruner(Pruner[T]):
         *,
         text_columns: Sequence[str] | None = None,
         label_column: str | None = None,
-        teacher: str | PreTrainedModel | None = None,
+        teacher: str | Path | PreTrainedModel | None = None,
         resume_from_checkpoint: str | Path | bool | None = None,
     ) -> PreTrainedModel:
         """Train and prune the model in place and return it.
 
-        dataset, eval_dataset: as for every method, with labels. With `eval_dataset` the metric of the dense and of the pruned
-        model go into `metrics`, and Trainer evaluates whenever `eval_strategy` says so.
+        dataset, eval_dataset: as for every method, with labels. With `eval_dataset`, which is read whole, the metric of the dense
+        and of the pruned model go into `metrics`, and Trainer evaluates whenever `eval_strategy` says so.
         training_args: `transformers.TrainingArguments`, or a dict of those that differ from the method's defaults. Without an
         `output_dir` nothing is kept on the way, and an interrupted run cannot be resumed.
         teacher: a model, or the Hub id or folder of one, of the same outputs and vocabulary. None: the dense model itself.
@@ -111,15 +108,19 @@ class TrainedPruner(Pruner[T]):
             raise ValueError(
                 f"finetune_epochs={self.config.finetune_epochs} asked, but no parameter of the model wants gradients."
             )
-        evaluation = None if eval_dataset is None else self._read(eval_dataset, text_columns, label_column, needs="data")
-        named = teacher if isinstance(teacher, str) or teacher is None else teacher.name_or_path or type(teacher).__name__
-        taught = (named or card.DENSE) if self.config.distill else None
-        with tempfile.TemporaryDirectory() as spare, training_state.own_randomness():
+        taught = (teachers.name_of(teacher) or card.DENSE) if self.config.distill else None
+        if teacher is not None and taught is None:
+            raise ValueError("A teacher was passed, but distill=0 asks for none. Set distill, or leave teacher out.")
+        # a caller's inference_mode would take the gradients away
+        with tempfile.TemporaryDirectory() as spare, training_state.process_undisturbed(), torch.inference_mode(False):
+            evaluation = None if eval_dataset is None else self._evaluation(eval_dataset, text_columns, label_column)
             args = self._arguments(training_args, spare)
             training_arguments.check(args, self.model, evaluation)
             resume = resume_from_checkpoint or args.resume_from_checkpoint
+            training_run.begin(args, {"method": self.method, "config": self.config.to_dict()}, resume)
             # the teacher is taken before anything changes: it may be this very model
-            self._run = _Run(args, evaluation, self._teacher(teacher), resume, wanted)
+            own = None if taught is None else teachers.teacher_for(self.model, teacher)
+            self._run = _Run(args, evaluation, own, resume, wanted)
             kept = training_state.values_restored_on_error(self.model) if self._guard is restored_on_error else nullcontext()
             try:
                 with kept:
@@ -128,6 +129,15 @@ class TrainedPruner(Pruner[T]):
                 del self._run
         self._report = replace(self.report, training={"teacher": taught, "arguments": differing(args)})
         return model
+
+    def _evaluation(self, dataset: Any, text_columns: Sequence[str] | None, label_column: str | None) -> Batches:
+        """All of it: `max_examples` and `num_tokens` say how much to train on."""
+        config = replace(self.config, num_tokens=None, max_examples=None)
+        try:
+            return calibration.read(self, dataset, text_columns, label_column, "data", config)
+        except ValueError as error:
+            what = str(error).partition(" Or use labels=")[0]  # which an evaluation cannot do without
+            raise ValueError(f"eval_dataset: {what} Or leave eval_dataset out.") from error
 
     def survey(self, groups: list[Group], batches: Batches, stage: TimedStage) -> Ranking:
         """Refused: what is learned on the way to one size says nothing of another."""
@@ -147,7 +157,8 @@ class TrainedPruner(Pruner[T]):
                 with stage("finetune"), self.frozen_zeros():
                     self._finetune(self.rows(batches))
             after = self._evaluate()
-        self.metrics += [{**own, "dense": was["value"]} for own, was in zip(after, before, strict=True)]
+        pairs = [(own, was["value"]) for own, was in zip(after, before, strict=True)]
+        self.metrics += [{**own, "dense": was} for own, was in pairs if math.isfinite(own["value"]) and math.isfinite(was)]
         return lines
 
     def rows(self, batches: Batches) -> list[Example]:
@@ -181,15 +192,13 @@ class TrainedPruner(Pruner[T]):
         """Train; then what the masks say of each group's units, [units], the larger the better."""
         own, args = self._run, self._run.args
         masks = self.make_masks(groups, batches)
-        finished = Path(args.output_dir) / FINETUNE / MASKED
+        finished = training_run.finished(args)
         names = own.trainable if self.trains_weights else []
         # in this order: masks may give the weights other names
         with training_state.trainable(self.model, names), masks_in(self.model, masks):
             for parameter in masks.parameters():
                 parameter.requires_grad_(True)
             masks.to(args.device)
-            if not own.resume and args.should_save:
-                shutil.rmtree(finished.parent, ignore_errors=True)  # of another run in the same output_dir
             if own.resume and finished.exists():
                 load_model(self.model, finished)
             else:
@@ -218,7 +227,7 @@ class TrainedPruner(Pruner[T]):
 
     def _finetune(self, rows: list[Example]) -> None:
         args = copy.copy(self._run.args)
-        args.output_dir = str(Path(args.output_dir) / FINETUNE)
+        args.output_dir = str(training_run.finished(args).parent)
         args.num_train_epochs, args.max_steps = self.config.finetune_epochs, -1
         last = get_last_checkpoint(args.output_dir) if self._run.resume and Path(args.output_dir).is_dir() else None
         with training_state.trainable(self.model, self._run.trainable):
@@ -270,25 +279,3 @@ class TrainedPruner(Pruner[T]):
             **self.defaults,
         }
         return TrainingArguments(**{**own, **asked})
-
-    def _teacher(self, asked: str | PreTrainedModel | None) -> Any:
-        if not self.config.distill:
-            if asked is not None:
-                raise ValueError("A teacher was passed, but distill=0 asks for none. Set distill, or leave teacher out.")
-            return None
-        if asked is None:
-            teacher: Any = copy.deepcopy(self.model)
-        elif isinstance(asked, str):
-            teacher = checkpoint.load(asked)[0]
-        else:
-            teacher = copy.deepcopy(asked)
-        tasks = [task_of(model) for model in (self.model, teacher)]
-        if len(set(tasks)) > 1:
-            raise ValueError(f"The teacher {type(teacher).__name__} is for {tasks[1]}, the model for {tasks[0]}: no common loss.")
-        for name in ("num_labels", "vocab_size"):
-            here, there = (getattr(model.config.get_text_config(), name, None) for model in (self.model, teacher))
-            if here != there:
-                raise ValueError(f"The teacher's {name} is {there}, the model's {here}: it has to predict the same.")
-        for name, value in {"use_cache": False, "return_dict": True}.items():
-            setattr(teacher.config, name, value)
-        return teacher.eval().requires_grad_(False)

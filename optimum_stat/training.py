@@ -111,6 +111,14 @@ class PruningTrainer(Trainer):
         seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
         return _ByLength(sampler.batch_size, sampler.lengths, seed)
 
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
+        """Trainer's, but of all examples: it would drop an incomplete last batch here where it is asked to in training."""
+        asked, self.args.dataloader_drop_last = self.args.dataloader_drop_last, False
+        try:
+            return Trainer.get_eval_dataloader(self, eval_dataset)
+        finally:
+            self.args.dataloader_drop_last = asked
+
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """The masks are groups of their own: their learning rates, no weight decay."""
         learned = [] if self._masks is None else [p for p in self._masks.parameters() if p.requires_grad]
@@ -149,7 +157,7 @@ class PruningTrainer(Trainer):
         assert self._teacher is not None
         with torch.no_grad():
             wanted = self._teacher(**{name: value for name, value in inputs.items() if name not in self.label_names}, **asked)
-        found = teacher_losses.of_outputs(self._teacher, outputs, wanted, inputs["attention_mask"])
+        found = teacher_losses.of_outputs(self.model, outputs, wanted, inputs["attention_mask"])
         return found + self._layers * teacher_losses.of_layers(outputs, wanted, inputs["attention_mask"]) if asked else found
 
     def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> Tensor:

@@ -20,6 +20,8 @@ def check(args: TrainingArguments, model: nn.Module, evaluation: Batches | None)
         raise ValueError(f"label_smoothing_factor={args.label_smoothing_factor} asked; the loss here has none. Leave it out.")
     if evaluation is not None and (args.bf16_full_eval or args.fp16_full_eval):
         raise ValueError("An evaluation in half precision asked, which would leave the weights in it. Leave it out.")
+    if evaluation is not None and not args.eval_do_concat_batches:
+        raise ValueError("eval_do_concat_batches=False asked, but metrics are those of all examples. Leave it out.")
     for name in ("prediction_loss_only", "batch_eval_metrics", "label_names"):
         if evaluation is not None and getattr(args, name):
             raise ValueError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -83,7 +84,8 @@ def scores(model: nn.Module, prediction: Any) -> dict[str, float]:
         return {name: float((right[0] & right[1]).mean())}
     logits = predicted[0] if isinstance(predicted, tuple) else predicted
     if name == "pearsonr":
-        return {name: float(np.corrcoef(logits.reshape(-1), labels.reshape(-1))[0, 1])}
+        both = np.stack([logits.reshape(-1), labels.reshape(-1)])
+        return {name: float(np.corrcoef(both)[0, 1]) if both.shape[1] > 1 and both.std(1).all() else math.nan}
     if labels.dtype.kind == "f":  # one yes or no for each class
         return {name: float(((logits > 0) == (labels > 0)).mean())}
     counts = labels != IGNORED

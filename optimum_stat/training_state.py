@@ -11,16 +11,17 @@ import numpy as np
 import torch
 from torch import nn
 from transformers import PreTrainedModel
+from transformers.utils.logging import get_verbosity, set_verbosity
 
 from .probes import device_of
 
 
 @contextmanager
-def own_randomness() -> Iterator[None]:
-    """Trainer seeds every generator there is, and, asked for full determinism, throws switches; all are as before afterwards."""
+def process_undisturbed() -> Iterator[None]:
+    """Trainer seeds every generator there is, and its arguments throw switches of the process; all are as before afterwards."""
     python, numpy, environment, cudnn = random.getstate(), np.random.get_state(), dict(os.environ), torch.backends.cudnn
     switches = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
-    of_cudnn = cudnn.deterministic, cudnn.benchmark
+    of_cudnn, verbosity = (cudnn.deterministic, cudnn.benchmark), get_verbosity()
     with torch.random.fork_rng():
         try:
             yield
@@ -29,6 +30,7 @@ def own_randomness() -> Iterator[None]:
             np.random.set_state(numpy)
             torch.use_deterministic_algorithms(switches[0], warn_only=switches[1])
             cudnn.deterministic, cudnn.benchmark = of_cudnn
+            set_verbosity(verbosity)
             for name in os.environ.keys() - environment.keys():
                 del os.environ[name]
             os.environ.update(environment)
@@ -68,9 +70,14 @@ def values_restored_on_error(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def undisturbed(model: PreTrainedModel) -> Iterator[None]:
-    """Trainer writes into the model's config; mixed precision and checkpointing of activations are switched on and stay so."""
+    """Trainer writes into the model's config; mixed precision and checkpointing of activations are switched on and stay so.
+
+    And accelerate notes that it has prepared the model, which it then would not do again: the next Trainer's mixed precision and
+    its exchange of gradients between processes would silently be off.
+    """
     config, own, switch = dict(vars(model.config)), model.__dict__, "gradient_checkpointing"
-    forward, switches = own.get("forward"), [(each, getattr(each, switch)) for each in model.modules() if hasattr(each, switch)]
+    switches = [(each, getattr(each, switch)) for each in model.modules() if hasattr(each, switch)]
+    noted = [(name, own.get(name)) for name in ("forward", "_original_forward", "_is_accelerate_prepared")]
     try:
         yield
     finally:
@@ -78,7 +85,7 @@ def undisturbed(model: PreTrainedModel) -> Iterator[None]:
             setattr(module, switch, before)
         vars(model.config).clear()
         vars(model.config).update(config)
-        for name, value in (("forward", forward), ("_original_forward", None)):
+        for name, value in noted:
             own.pop(name, None)
             own.update({} if value is None else {name: value})
 

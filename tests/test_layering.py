@@ -59,11 +59,12 @@ LAYERS = (
         "training",
         "training_arguments",
         "training_state",
+        "training_run",
         "training_data",
         "training_sizes",
     },
     {"card", "plots", "recipe", "report", "remote_code", "calibration", "checkpoint", "survey", "sweep", "sweep_report", "trunk"},
-    {"pruner"},
+    {"pruner", "teachers"},
     {"trained"},
     {"methods"},
     {

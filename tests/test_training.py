@@ -21,7 +21,7 @@ from transformers import TrainingArguments
 from transformers.modeling_outputs import ModelOutput
 from transformers.utils import logging as hf_logging
 
-from optimum_stat import MovementConfig, MovementPruner, VIBConfig, VIBPruner
+from optimum_stat import MovementConfig, MovementPruner, VIBConfig, VIBPruner, calibration
 from optimum_stat.commands import PruneCommand
 from optimum_stat.families import Group, find_groups
 from optimum_stat.teacher_losses import of_layers, of_outputs
@@ -150,7 +150,7 @@ def test_gradient_accumulation_does_not_change_the_penalty(family: str, tmp_path
 
 
 def _read(model: Any, rows: Any) -> Any:
-    return MovementPruner(model, MovementConfig(batch_size=4))._read(rows, None, None)
+    return calibration.read(MovementPruner(model, MovementConfig(batch_size=4)), rows, None, None)
 
 
 @EACH_METHOD
@@ -186,7 +186,7 @@ def test_data_without_labels_is_refused_before_any_work(method: str, monkeypatch
     monkeypatch.setattr(PruningTrainer, "train", None)
     with pytest.raises(ValueError, match=r"Labels are needed: .* where training, distill=1"):
         pruner_for(method, tiny("bert", "SequenceClassification")).prune(many())
-    with pytest.raises(ValueError, match="Labels are needed"):
+    with pytest.raises(ValueError, match=r"^eval_dataset: Labels are needed: .* Or leave eval_dataset out\.$"):
         pruner_for(method, tiny("bert", "SequenceClassification"), distill=1.0).prune(many(), eval_dataset=many())
 
 
@@ -197,6 +197,7 @@ def test_data_without_labels_is_refused_before_any_work(method: str, monkeypatch
         ({"metric_for_best_model": "eval_accuracy"}, False, "nothing to evaluate on: pass eval_dataset="),
         ({"eval_strategy": "epoch"}, False, "nothing to evaluate on: pass eval_dataset="),
         ({"load_best_model_at_end": True, "eval_strategy": "epoch", "save_strategy": "epoch"}, True, "hardly pruned yet"),
+        ({"eval_do_concat_batches": False}, True, "metrics are those of all examples"),
     ],
 )
 def test_evaluations_that_cannot_be_are_refused_before_any_work(
@@ -287,6 +288,12 @@ def test_a_larger_teacher():
         ValueError, match="The teacher BertForQuestionAnswering is for question-answering, the model for text-class"
     ):
         pruner_for("movement", model).prune(labelled(), teacher=tiny("bert", "QuestionAnswering"))
+    other_order = tiny("bert", "SequenceClassification", seed=3)
+    other_order.config.label2id = {"LABEL_1": 0, "LABEL_0": 1, "LABEL_2": 2}
+    with pytest.raises(
+        ValueError, match="classes stand in another order, label_1, label_0, label_2, than the model's, label_0, l"
+    ):
+        pruner_for("movement", model).prune(labelled(), teacher=other_order)
     with pytest.raises(ValueError, match="distill=0 asks for none"):
         pruner_for("movement", model, distill=0.0).prune(labelled(), teacher=teacher)
 
@@ -413,6 +420,56 @@ def test_an_evaluation_without_its_metrics_is_refused(asked: dict[str, Any]):
         pruner_for("movement", tiny("bert", "SequenceClassification")).prune(rows, rows, {"report_to": "none", **asked})
 
 
+def test_the_loss_from_a_teacher_is_the_one_of_the_model_at_hand(monkeypatch: pytest.MonkeyPatch):
+    """Not the one that the teacher's config names."""
+    rows = [{**row, "label": [1.0, 0.0, 1.0]} for row in labelled()]
+    model = tiny("bert", "SequenceClassification", problem_type="multi_label_classification")
+    monkeypatch.setattr("optimum_stat.teacher_losses._divergence", None)
+    pruner_for("movement", model).prune(rows, teacher=tiny("bert", "SequenceClassification"), training_args=QUIET)
+
+
+def test_with_an_evaluation_training_is_prepared_as_without(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Mixed precision goes on in every phase, and what accelerate notes of the model is gone in the end."""
+    model, seen, original = tiny("bert", "SequenceClassification"), set[torch.dtype](), PruningTrainer.compute_loss
+
+    def compute_loss(*arguments: Any, **named: Any) -> Any:
+        with model.classifier.register_forward_hook(lambda module, args, output: seen.add(output.dtype)):
+            return original(*arguments, **named)
+
+    monkeypatch.setattr(PruningTrainer, "compute_loss", compute_loss)
+    tiny("bert", "SequenceClassification", seed=1).save_pretrained(tmp_path / "teacher")
+    asked = {**QUIET, "bf16": True, "use_cpu": True, "log_level": "info", "eval_strategy": "epoch"}
+    pruner, verbosity = pruner_for("movement", model, finetune_epochs=1.0, max_examples=8), hf_logging.get_verbosity()
+    for _ in range(2):  # what the first has measured is not the second's
+        pruner.prune(labelled(), labelled(9), asked, teacher=tmp_path / "teacher")
+        assert [metric["dataset"] for metric in pruner.metrics] == ["9 tokenized rows"]
+    assert seen == {torch.bfloat16}
+    assert "_is_accelerate_prepared" not in model.__dict__
+    assert hf_logging.get_verbosity() == verbosity
+
+
+def test_an_evaluation_drops_nothing():
+    pruner = pruner_for("movement", tiny("bert", "SequenceClassification"))
+    pruner.prune(labelled(), labelled(3), {**QUIET, "dataloader_drop_last": True})  # of batches of four
+    assert len(pruner.metrics) == 1
+
+
+def test_a_caller_may_be_in_inference_mode():
+    model = tiny("bert", "SequenceClassification")
+    with torch.inference_mode():
+        pruner_for("movement", model, finetune_epochs=1.0).prune(labelled(), labelled(5), QUIET)
+    assert not any(parameter.is_inference() for parameter in model.parameters())
+    assert all(parameter.requires_grad for parameter in model.parameters())
+
+
+def test_a_metric_that_is_no_number_is_left_out(tmp_path: Path):
+    model = tiny("bert", "SequenceClassification", num_labels=1)
+    rows = [{**row, "label": float(row["label"])} for row in labelled()]
+    pruner = pruner_for("movement", model)
+    pruner.prune(rows, rows[:1], QUIET)
+    assert pruner.metrics == []
+
+
 def test_switches_that_training_throws_are_as_before():
     model = tiny("bert", "SequenceClassification")
     environment, named = dict(os.environ), {field.name for field in dataclasses.fields(TrainingArguments)}
@@ -487,6 +544,50 @@ def test_what_another_run_left_is_not_resumed(tmp_path: Path, monkeypatch: pytes
         shutil.rmtree(checkpoint)
     found, alone = run(1, "shared", stop=3), run(1, "alone")
     assert all(torch.equal(found[name], value) for name, value in alone.items())
+
+
+def test_a_folder_of_the_users_stays(tmp_path: Path):
+    (tmp_path / "finetune").mkdir()
+    for folder in ("finetune", "stat-finetune"):
+        (tmp_path / folder).mkdir(exist_ok=True)
+        (tmp_path / folder / "mine.safetensors").write_text("precious")
+    for save in ("no", "steps"):
+        asked = {**QUIET, "output_dir": str(tmp_path), "save_strategy": save}
+        pruner_for("movement", tiny("bert", "SequenceClassification"), finetune_epochs=1.0).prune(labelled(), training_args=asked)
+        assert (tmp_path / "finetune" / "mine.safetensors").read_text() == "precious"
+        assert (tmp_path / "stat-finetune" / "mine.safetensors").read_text() == "precious"
+
+
+def test_only_the_same_run_is_resumed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    asked = {**QUIET, "output_dir": str(tmp_path), "save_strategy": "steps", "save_steps": 2, "num_train_epochs": 1}
+
+    def start(**other: Any) -> TrainedPruner[Any]:
+        return pruner_for("movement", tiny("bert", "SequenceClassification"), finetune_epochs=1.0, **other)
+
+    whole = start()
+    whole.prune(labelled(), training_args={**asked, "output_dir": str(tmp_path / "whole")})
+    with power_cut(monkeypatch, 9):
+        start().prune(labelled(), training_args=asked)
+    with pytest.raises(
+        ValueError, match=r"holds the checkpoints of another run: its config was .*'keep': 0.6.* now .*'keep': 0.7"
+    ):
+        start(keep=0.7).prune(labelled(), training_args=asked, resume_from_checkpoint=True)
+    for name in ("save_only_model", "ignore_data_skip"):
+        with pytest.raises(ValueError, match=f"{name}=True asked of a run that is resumed"):
+            start().prune(labelled(), training_args={**asked, name: True}, resume_from_checkpoint=True)
+    steps: list[int] = []
+    original = PruningTrainer.training_step
+
+    def training_step(self: Any, *arguments: Any, **named: Any) -> Tensor:
+        steps.append(self.state.global_step)
+        return original(self, *arguments, **named)
+
+    monkeypatch.setattr(PruningTrainer, "training_step", training_step)
+    resumed = start()
+    resumed.prune(labelled(), training_args=asked, resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    assert steps == [2, 3, 4, 5, *range(6)]  # from there, although later ones are there
+    wanted, found = whole.model.state_dict(), resumed.model.state_dict()
+    assert all(torch.equal(found[name], value) for name, value in wanted.items())
 
 
 def test_an_error_after_training_leaves_a_live_model_as_it_was(monkeypatch: pytest.MonkeyPatch):
