@@ -97,12 +97,14 @@ def unjournaled(pruner: Pruner[Any]) -> str | None:
 
 
 def open_journal(pruner: Pruner[Any], folder: str | Path | None, batches: Batches) -> Journal:
-    """The journal in `folder` of this pruner's run on these batches.
+    """The journal in `folder` of this pruner's run on these batches, before anything is derived from its config.
 
     Raises:
         ValueError: the folder holds another run's, or the run does things that no journal keeps.
     """
-    if folder is not None and (why := unjournaled(pruner)) is not None:
+    if folder is None:
+        return Journal()
+    if (why := unjournaled(pruner)) is not None:
         raise ValueError(f"resume_from_checkpoint asked of {why}: that starts anew. Leave it (--resume) out.")
     run = {
         "method": pruner.method,

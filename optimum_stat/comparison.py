@@ -143,7 +143,11 @@ def compare(
     if dense is None or beside is None:
         raise ValueError(f"The speed of {model} beside its dense model asked, and there is none. Name it with --dense.")
     seq_len = (_recipe(model, kwargs.get("revision")).get("report") or {}).get("seq_len") or pruned.measured.num_tokens
-    return replace(found, speed=tuple(speeds(model, dense, speed, seq_len, task, device, **kwargs)))
+    try:
+        return replace(found, speed=tuple(speeds(model, dense, speed, seq_len, task, device, **kwargs)))
+    except (ValueError, RuntimeError) as error:  # such as no memory for both: what was measured before counts
+        logger.warning("the speed beside the dense model could not be measured: %s", " ".join(str(error).split()))
+        return found
 
 
 def base_model(model: str, revision: str | None) -> str | None:

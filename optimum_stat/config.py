@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, TypeVar
@@ -79,7 +80,7 @@ class PruningConfig:
             raise ValueError(f"keep={self.keep} asked; it is the share of the model that stays and must lie in (0, 1].")
         if self.budget not in BUDGETS:
             raise ValueError(f"budget={self.budget!r} asked; it must be one of {', '.join(map(repr, BUDGETS))}.")
-        if self.milliseconds is not None and (self.budget != "latency" or not self.milliseconds > 0):
+        if self.milliseconds is not None and (self.budget != "latency" or not 0 < self.milliseconds < math.inf):
             what = f"milliseconds={self.milliseconds} asked under budget={self.budget!r}"
             raise ValueError(f'{what}; it must be a time above 0, under budget="latency".')
         if self.serve_phase not in PHASES:

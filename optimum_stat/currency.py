@@ -11,6 +11,7 @@ from .budget import Cost, Lengths, model_cost, options, unit_cost
 from .config import C, PruningConfig
 from .data import Batches
 from .families import Group, find_groups, values_of
+from .journal import Journal
 from .latency import LatencyTable
 from .latency_cache import latency_table
 from .latency_timing import time_with
@@ -115,6 +116,16 @@ class Currency:
         except ValueError:
             return False
         return True
+
+    def kept_in(self, journal: Journal, entry: str) -> Currency:
+        """With the times that a run which was stopped has counted with; those of one that was not are written down.
+
+        Measured again they would be others, and blocks that are cut already would not fit what they say.
+        """
+        if self.table is None or entry not in journal:
+            journal.keep(entry, (), note=self.table.to_dict()) if self.table else None
+            return self
+        return replace(self, table=LatencyTable.from_dict(journal.note(entry)))
 
     def timed(self, kept: Mapping[str, int], processes: Processes) -> Currency | None:
         """With a table that knows how long a model with these units takes; None if it was right, or asked for by name."""

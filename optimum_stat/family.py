@@ -8,9 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from . import evaluation, recipe_update
+from .probes import quiet
 from .rows import Rows
 from .speed import side_by_side
 from .sweep_report import SweepReport
+from .timing import Setting, Workload
 
 
 def write(pruner: Any, family: Iterable[Any], folder: Path, dataset: Any) -> SweepReport:
@@ -20,6 +22,9 @@ def write(pruner: Any, family: Iterable[Any], folder: Path, dataset: Any) -> Swe
     """
     reports, weights, found = [], [], []
     dense = None if dataset is None else pruner.model  # which a sweep leaves as it is
+    if dense is not None:
+        with quiet(dense):  # what cannot be timed is found out before anything is written
+            Workload(dense, Setting.of(dense, pruner.config.serve_phase, 1, 1))
     for small in family:
         own = folder / str(small.config.keep)
         small.save_pretrained(own)

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from .processes import Processes
 
-FORMAT = 2
+FORMAT = 3
 INDEX = "journal.json"
 OURS = re.compile(rf"\d{{6,}}-\d{{3,}}\.(safetensors|part)|{re.escape(INDEX)}.*")
 PIECE = 1 << 26  # bytes, about, in a file: what is written is copied before, so an entry may be larger than what is free

@@ -6,6 +6,7 @@ import dataclasses
 import logging
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +55,8 @@ class LatencyTable:
 
     The two differ, as a small model finds in the cache what a large one reads from memory, and what every layer costs whatever
     its size cannot be seen in one of them. Both rise."""
+    model: str = ""
+    """Which models these times are of, see `latency_timing.shapes_of`; empty where that was not written down."""
 
     def fixed(self, names: Iterable[str]) -> int:
         """What the blocks' times add up to with the fastest sizes of the groups `names`, and all other units."""
@@ -92,18 +95,22 @@ class LatencyTable:
         at = {name: self.times[name][list(self.sizes[name]).index(size)] for name, size in kept.items()}
         return self.total + sum(at[name] - self.times[name][-1] for name in kept)
 
-    def compare(self, pruned: Any, keep: float, kept: Mapping[str, int]) -> Latency:
-        """What was asked and predicted beside what the pruned model takes now. Call it inside `quiet(pruned)`."""
+    def compare(self, pruned: Any, keep: float, kept: Mapping[str, int], *, given: bool) -> Latency:
+        """What was asked and predicted beside what the pruned model takes now; given: the times are from the user's own file.
+
+        Call it inside `quiet(pruned)`.
+        """
         work = Workload(pruned, self.setting)
         measured = steady_time(work.run_model(), work.device)
         asked, predicted = keep * self.total, self.predicted(kept)
         if abs(measured - predicted) > TOLERANCE * predicted:
+            place = f"They are remembered in {cache_folder()}: delete that folder" if cache_folder().is_dir() else "Wait for it"
             logger.warning(
-                "The pruned model takes %.2f ms; %.2f ms were predicted. Did the machine do something else meanwhile? "
-                "The times are remembered in %s: delete that folder, and prune the dense model again, to measure anew.",
+                "The pruned model takes %.2f ms; %.2f ms were predicted. Did the machine do something else, now or when the "
+                "times were measured? %s, and prune the dense model again, to measure anew.",
                 measured / 1e6,
                 predicted / 1e6,
-                cache_folder(),
+                "They are those of latency_table: leave it out" if given else place,
             )
         milliseconds = (each / 1e6 for each in (self.total, asked, predicted, measured))
         own = self.setting
@@ -115,8 +122,36 @@ class LatencyTable:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> LatencyTable:
-        """The inverse of `to_dict`."""
-        return cls(**{**values, "setting": Setting(**values["setting"])})
+        """The inverse of `to_dict`.
+
+        Raises:
+            ValueError, TypeError, KeyError: these are no values of a table.
+        """
+        table = cls(**{**values, "setting": Setting(**values["setting"])})
+        for field in dataclasses.fields(Setting):
+            if type(found := getattr(table.setting, field.name)).__name__ != field.type:
+                raise TypeError(f"its {field.name} is {found!r}, no {field.type}")
+        _check(table)
+        return table
+
+
+def _check(table: LatencyTable) -> None:
+    """Raise ValueError unless all numbers are such as are measured."""
+    for name, sizes in table.sizes.items():
+        times = table.times.get(name, ())
+        if not _whole([*sizes, *times]) or list(sizes) != sorted({*sizes}) or min([1, *sizes]) < 1:
+            raise ValueError(f"of {name} it has the sizes {list(sizes)}, in {list(times)} nanoseconds")
+    if not _whole([table.total]) or not table.total:
+        raise ValueError(f"the dense model takes {table.total!r} nanoseconds in it")
+    rows = [list(each) for each in table.whole]
+    fits = len(rows) > 1 and all(len(row) == 2 and _whole(row) for row in rows) and rows[-1][1] == table.total
+    if not fits or any(one[0] >= other[0] or one[1] > other[1] for one, other in pairwise(rows)):
+        raise ValueError(f"whole models take {rows} nanoseconds in it, the dense one {table.total}")
+
+
+def _whole(values: Iterable[Any]) -> bool:
+    """Whether all are whole numbers, none below 0."""
+    return all(type(each) is int and each >= 0 for each in values)
 
 
 def cache_folder() -> Path:

@@ -8,6 +8,7 @@ import json
 import logging
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -16,12 +17,15 @@ import torch
 
 from . import latency
 from .budget import options
-from .families import find_blocks, find_groups
+from .families import find_groups
 from .latency import LatencyTable
-from .latency_timing import kind_of, measure_table
+from .latency_timing import measure_table, shapes_of
 from .timing import Setting
 
 logger = logging.getLogger(__name__)
+DAMAGED = (OSError, ValueError, TypeError, AttributeError, KeyError)  # what reading a file that holds something else ends in
+# in configs; they take no time, or are what we set
+NAMES = ("_name_or_path", "architectures", "transformers_version", "id2label", "label2id", "use_cache", "return_dict")
 
 
 def latency_table(model: Any, round_to: int, setting: Setting, path: str | None = None) -> LatencyTable:
@@ -36,25 +40,36 @@ def latency_table(model: Any, round_to: int, setting: Setting, path: str | None 
             asked = f"{table.setting.seq_len} tokens an example; asked, or the mean of the calibration data, is {setting.seq_len}"
             logger.warning("The latencies in %s are for %s. The budget counts the former.", path, asked)
         return table
-    cached = latency.cache_folder() / f"{_key(model, round_to, setting)}.json"
+    cached = place(model, round_to, setting)
     if cached.exists():
-        return LatencyTable.from_dict(json.loads(cached.read_text()))
+        try:
+            return LatencyTable.from_dict(json.loads(cached.read_text()))
+        except DAMAGED as error:
+            logger.warning("The latencies in %s cannot be read and are measured again: %s", cached, error)
     table = measure_table(model, round_to, setting)
+    beside = cached.with_name(f".{cached.name}.{time.time_ns()}")
     try:
         cached.parent.mkdir(parents=True, exist_ok=True)
-        beside = cached.with_name(f".{cached.name}.{time.time_ns()}")
         beside.write_text(json.dumps(table.to_dict()))
         beside.replace(cached)
     except OSError as error:  # the next run measures again; this one goes on
+        with suppress(OSError):
+            beside.unlink(missing_ok=True)
         logger.warning("The latencies could not be remembered in %s: %s", cached.parent, error)
     return table
 
 
+def place(model: Any, round_to: int, setting: Setting) -> Path:
+    """Where the table of such models is remembered, once it is."""
+    return latency.cache_folder() / f"{_key(model, round_to, setting)}.json"
+
+
 def _key(model: Any, round_to: int, setting: Setting) -> str:
-    kinds = [repr(kind_of(model, index, block)) for index, block in enumerate(find_blocks(model))]
+    # shapes do not tell how often shared blocks run, which experts do, or what stands between the layers: the config does
+    config = {name: value for name, value in model.config.to_dict().items() if name not in NAMES}
     versions = [metadata.version(name) for name in ("optimum-stat", "torch", "transformers")]
-    what = [type(model).__name__, setting.to_dict(), round_to, kinds, versions]
-    return hashlib.sha256(json.dumps(what).encode()).hexdigest()[:24]
+    what = [shapes_of(model), config, setting.to_dict(), round_to, versions]
+    return hashlib.sha256(json.dumps(what, default=str, sort_keys=True).encode()).hexdigest()[:24]
 
 
 def _read(path: Path, model: Any, round_to: int, setting: Setting) -> LatencyTable:
@@ -62,7 +77,7 @@ def _read(path: Path, model: Any, round_to: int, setting: Setting) -> LatencyTab
     try:
         values = json.loads(path.read_text())
         table = LatencyTable.from_dict(values.get("latency_table") or values)
-    except (OSError, ValueError, TypeError, AttributeError, KeyError) as error:
+    except DAMAGED as error:
         raise ValueError(f"latency_table={str(path)!r} asked, but it holds no table of latencies: {error}") from error
     there = table.setting
     if (there.device, there.dtype) != (setting.device, setting.dtype):
@@ -74,6 +89,10 @@ def _read(path: Path, model: Any, round_to: int, setting: Setting) -> LatencyTab
         )
     if dataclasses.replace(there, seq_len=setting.seq_len) != setting:
         raise ValueError(f"The latencies in {path} are of {there}, but {setting} is asked.")
+    if table.model not in ("", shapes_of(model)):
+        raise ValueError(
+            f"The latencies in {path} are another model's: its weights have other shapes. Leave it out to measure them."
+        )
     _check_sizes(path, table, {group.name: options(group, round_to) for group in find_groups(model)})
     return table
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import hashlib
+import json
 import statistics
 from collections.abc import Mapping, Sequence
 from itertools import chain, pairwise
@@ -60,7 +62,7 @@ def measure_table(model: Any, round_to: int, setting: Setting) -> LatencyTable:
     else:  # what blocks were timed at decides how they share what the model takes without the rest of it, not how much that is
         scale = (1 - min(MOST_SAVED, steady_ratio(work.run_without_blocks(calls), run, work.device))) * total / together
     times = {name: [int(scale * each) for each in own] for name, own in times.items()}
-    table = LatencyTable(setting, total, sizes, times, [[0, 0], [total, total]])
+    table = LatencyTable(setting, total, sizes, times, [[0, 0], [total, total]], shapes_of(model))
     return dataclasses.replace(table, whole=_time_whole(model, table))
 
 
@@ -151,6 +153,12 @@ def _between(ratios: Mapping[int, float], allowed: Sequence[int]) -> int | None:
     steps = [(abs(ratios[b] - ratios[a]), [size for size in allowed if a < size < b]) for a, b in pairwise(known)]
     step, inside = max(((step, inside) for step, inside in steps if inside), key=lambda each: each[0], default=(0.0, []))
     return inside[len(inside) // 2] if step > STEP else None
+
+
+def shapes_of(model: Any) -> str:
+    """The same for models whose weights have the same shapes; else another one."""
+    shapes = [[name, list(parameter.shape)] for name, parameter in model.named_parameters()]
+    return hashlib.sha256(json.dumps([type(model).__name__, shapes]).encode()).hexdigest()[:24]
 
 
 def kind_of(model: Any, index: int, block: nn.Module) -> Any:

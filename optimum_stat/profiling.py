@@ -9,7 +9,7 @@ from . import checkpoint
 from .config import PruningConfig
 from .dry_run import ranges
 from .latency import LatencyTable
-from .latency_cache import latency_table
+from .latency_cache import latency_table, place
 from .probes import quiet
 from .timing import Setting
 
@@ -23,6 +23,8 @@ class Profile:
     model: str
     round_to: int
     table: LatencyTable
+    origin: str
+    """How `prune` gets at the same table."""
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values."""
@@ -46,17 +48,7 @@ class Profile:
                 share = table.taken(table.total - saved) / table.total
                 lines.append(f"{head}{size:>7,}{time / 1e6:>15.3f}{time / times[-1]:>10.3f}{share:>14.3f}")
                 head = " " * len(head)
-        return "\n".join([*lines, f"remembered for: {self.options}"])
-
-    @property
-    def options(self) -> str:
-        """Of `prune`, for a budget that counts this table."""
-        own = self.table.setting
-        compiled = " --serve-compiled" if own.compiled else ""
-        return (
-            f"--budget latency --serve-phase {own.phase} --serve-batch-size {own.batch_size} --serve-seq-len {own.seq_len}"
-            f"{compiled} --round-to {self.round_to}"
-        )
+        return "\n".join([*lines, self.origin])
 
 
 def profile(model: str, config: PruningConfig, *, task: str | None, device: Any, **kwargs: Any) -> Profile:
@@ -67,4 +59,21 @@ def profile(model: str, config: PruningConfig, *, task: str | None, device: Any,
     length = config.serve_seq_len or SEQ_LEN
     with quiet(dense):
         setting = Setting.of(dense, config.serve_phase, config.serve_batch_size, length, config.serve_compiled)
-        return Profile(model, config.round_to, latency_table(dense, config.round_to, setting, config.latency_table))
+        table = latency_table(dense, config.round_to, setting, config.latency_table)
+        kept = place(dense, config.round_to, setting).is_file()
+    loaded = {"--task": task, "--dtype": kwargs.get("dtype")}
+    asked = [f"{option} {str(value).removeprefix('torch.')}" for option, value in loaded.items() if value is not None]
+    options = " ".join([*_options(table.setting, config.round_to), *asked])
+    if config.latency_table is not None:
+        return Profile(model, config.round_to, table, f"from a file, for: {options} --latency-table {config.latency_table}")
+    return Profile(model, config.round_to, table, f"remembered for: {options}" if kept else "not remembered: write it with -o")
+
+
+def _options(setting: Setting, round_to: int) -> list[str]:
+    """Of `prune`, for a budget that counts this table."""
+    return [
+        f"--budget latency --serve-phase {setting.phase} --serve-batch-size {setting.batch_size}",
+        f"--serve-seq-len {setting.seq_len}",
+        *(["--serve-compiled"] if setting.compiled else []),
+        f"--round-to {round_to}",
+    ]

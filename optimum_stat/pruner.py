@@ -126,9 +126,8 @@ class Pruner(ABC, Generic[C]):
         there and ends in the same model. The folder stays: delete it when the model is saved.
         If anything goes wrong, a model that was handed in live is as it was before, bit for bit.
         """
-        batches = self._start(None, dataset, text_columns, label_column)
+        batches = self._start(None, dataset, text_columns, label_column, resume_from_checkpoint)
         schedule, lines = self.schedule(), []
-        self.journal = calibration.open_journal(self, resume_from_checkpoint, batches)
         with self.at_work(), self._guard(self.model):
             for shot, keep in enumerate(schedule, start=1):
                 self.journal.chapter = f"{shot} "
@@ -186,7 +185,7 @@ class Pruner(ABC, Generic[C]):
     def cut(self, groups: list[Group], ranking: Ranking, keep: float, batches: Batches, stage: TimedStage) -> Lines:
         """Decide the sizes, correct what stays, slice the rest away: first of what all blocks share, if any of it may go."""
         self.forward_seconds = pace_again(self, batches)
-        shape, self._currency = trunk.settle(self.allocate, self.config.trunk, groups, ranking, keep, self.currency, batches)
+        shape, self._currency = trunk.settle(self, groups, ranking, keep, batches)
         plan, nats = self.select(shape.ranking, shape.kept), self.nats(batches)
         batches.warn_if_few(max((shape.kept[group.name] * group.width // group.active[0] for group in shape.groups), default=0))
         with stage("repair"):
@@ -247,16 +246,19 @@ class Pruner(ABC, Generic[C]):
         """Push what `save_pretrained` writes to the Hub; the commit's address. `kwargs`: private, token, revision, create_pr."""
         return checkpoint.push(self, repo_id, **kwargs)
 
-    def _start(self, keep: float | None, dataset: Any, text_columns: Columns, label_column: str | None) -> Batches:
+    def _start(
+        self, keep: float | None, dataset: Any, text_columns: Columns, label_column: str | None, folder: Folder = None
+    ) -> Batches:
         """Read the data, fix what is counted, and refuse what cannot be done; the model is not touched. No keep: the config's."""
         model = self.model
         calibration.refuse_unprunable(model)
         check_finite(model)
         calibration.refuse_offloaded(self)
         batches = calibration.read(self, dataset, text_columns, label_column)
-        self.stages.clear()
-        self.metrics.clear()
-        self._currency = Currency.of(model, self.config, batches, self.cost(batches), self.timer())
+        self.stages, self.metrics = {}, []
+        self.journal = calibration.open_journal(self, folder, batches)
+        currency = Currency.of(model, self.config, batches, self.cost(batches), self.timer())
+        self._currency = currency.kept_in(self.journal, "latency")
         self.config, self.forward_seconds = self.currency.asked(self.config, keep), forward_seconds(model, batches)
         self.check(keep or self.config.keep, batches)
         self._dense = teacher_of(model) if self.config.distill_epochs else None

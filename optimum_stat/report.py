@@ -176,7 +176,12 @@ def make_report(pruner: Pruner[Any], lines: Sequence[Lines], batches: Batches) -
     )
     if table is not None:
         with quiet(pruner.model):
-            latency = table.compare(pruner.model, pruner.config.keep, {group.name: group.kept for group in groups})
+            latency = table.compare(
+                pruner.model,
+                pruner.config.keep,
+                {group.name: group.kept for group in groups},
+                given=pruner.currency.table_is_given,
+            )
         reached = latency.predicted / latency.dense
     elif residents is not None:
         memory = residents.compare(pruner.model, pruner.config.keep)

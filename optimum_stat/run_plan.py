@@ -116,7 +116,8 @@ def plan_run(
     asked = config or STATConfig()
     if asked.published or asked.budget not in ("params", "macs") or not {*asked.structures} <= {"heads", "neurons"}:
         raise ValueError(
-            "Only runs of our own recipe can be planned from the config alone, on heads and neurons, for params or macs."
+            "Only runs of our own recipe can be planned from the config alone, on heads and neurons, for params or macs; asked "
+            f"are budget={asked.budget!r}, structures={asked.structures!r}, published={asked.published}."
         )
     found = AutoConfig.from_pretrained(model, **kwargs)
     kind: Any = auto_class(model, task, kwargs)

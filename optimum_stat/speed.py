@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from .probes import device_of, quiet
-from .timing import Setting, Workload, pairs
+from .timing import Setting, Workload, longest, pairs
 
 SECONDS = 3.0  # for one comparison
 
@@ -74,7 +74,11 @@ class Speed:
 
 
 def side_by_side(dense: Any, pruned: Any, batch_size: int, seq_len: int, phase: str = "prefill", compiled: bool = False) -> Speed:
-    """Time both on the same work, in turn, for about three seconds. Both stand on the same device."""
+    """Time both on the same work, in turn, for about three seconds. Both stand on the same device.
+
+    seq_len: what of it the model has positions for.
+    """
+    seq_len = min(seq_len, longest(dense, phase) or seq_len)
     with quiet(dense), quiet(pruned):
         runs = []
         for model in (pruned, dense):

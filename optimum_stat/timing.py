@@ -88,7 +88,12 @@ class Workload:
                 f"Time asked of {type(model).__name__}, which reads more than token ids, or has several lists of blocks: no "
                 "inputs to time it on are known. Ask for macs or params."
             )
-        self.blocks = find_blocks(model)
+        self.blocks, most = find_blocks(model), longest(model, setting.phase)
+        if most is not None and setting.seq_len > most:
+            raise ValueError(
+                f"The time of {setting} asked, but {type(model).__name__} has positions for {most} tokens"
+                f"{' and the one that is decoded' if setting.phase == 'decode' else ''}: lower serve_seq_len (--serve-seq-len)."
+            )
         self._inputs = self._make_inputs()
         size = sum(parameter.numel() * parameter.element_size() for parameter in self.blocks.parameters())
         self._others = torch.ones(min(size, CACHE_BYTES) // 4, device=self.device)
@@ -162,6 +167,12 @@ class Workload:
 
     def _cached(self) -> dict[str, bool]:
         return {"use_cache": True} if "use_cache" in inspect.signature(self.model.forward).parameters else {}
+
+
+def longest(model: Any, phase: str) -> int | None:
+    """How many tokens a pass can be timed on; None: any number."""
+    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    return None if not positions or positions < 0 else int(positions) - (phase == "decode")
 
 
 def _cache_in(values: Mapping[Any, Any]) -> Cache | None:

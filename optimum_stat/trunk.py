@@ -10,7 +10,8 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -32,9 +33,13 @@ from .slicing import Plan
 from .stream import Stream, find_stream, shorten, without_weights
 from .walk import BlockWalk
 
+if TYPE_CHECKING:
+    from .pruner import Pruner
+
 LAYERS, HIDDEN = "layers", "hidden"
 RIDGE = 0.01  # relative to the diagonal
 TIMED = 3  # models, at most, before the sizes for a latency are settled
+LEARNED = "learned"  # in the journal
 Allocate = Callable[[list[Group], Ranking, float, Currency], dict[str, int]]
 
 
@@ -122,24 +127,21 @@ def rank_trunk(model: Any, structures: Sequence[str], batches: Batches, seed: in
     return Ranking({name: order[name] for name in structures}, {name: error[name] for name in structures})
 
 
-def settle(
-    allocate: Allocate,
-    structures: Sequence[str],
-    groups: list[Group],
-    ranking: Ranking,
-    keep: float,
-    currency: Currency,
-    batches: Batches,
-) -> tuple[Shape, Currency]:
+def settle(pruner: Pruner[Any], groups: list[Group], ranking: Ranking, keep: float, batches: Batches) -> tuple[Shape, Currency]:
     """`choose`, and what was counted in. Under a latency budget, models of the sizes chosen are timed, until one takes about as
-    long as its blocks' times said: they are chosen anew with what was learned."""
-    shape = choose(allocate, structures, groups, ranking, keep, currency)
+    long as its blocks' times said: they are chosen anew with what was learned. A run that goes on learns nothing new."""
+    journal, currency = pruner.journal, pruner.currency
+    pick = partial(choose, pruner.allocate, pruner.config.trunk, groups, ranking, keep)
+    if LEARNED in journal:
+        currency = currency.kept_in(journal, LEARNED)
+        return pick(currency), currency
+    shape = pick(currency)
     for _ in range(TIMED):
         if (learned := currency.timed(shape.kept, batches.processes)) is None:
             break
         currency = learned
-        shape = choose(allocate, structures, groups, ranking, keep, currency)
-    return shape, currency
+        shape = pick(currency)
+    return shape, currency.kept_in(journal, LEARNED)
 
 
 def choose(

@@ -22,6 +22,7 @@ from optimum_stat import (
     STATPruner,
     SurgeonConfig,
     SurgeonPruner,
+    journal,
     latency,
     latency_cache,
     latency_timing,
@@ -35,6 +36,7 @@ from optimum_stat.latency_timing import measure_table
 from optimum_stat.probes import caches_in, quiet
 from optimum_stat.profiling import profile
 from optimum_stat.slicing import slice_model
+from optimum_stat.speed import side_by_side
 from optimum_stat.timing import Setting, Workload
 
 MS = 1_000_000
@@ -218,7 +220,7 @@ def test_a_table_is_remembered_for_this_device_batch_and_shape(memory: Path, mon
 
     def measure(model: Any, round_to: int, setting: Setting) -> LatencyTable:
         measured.append(setting)
-        return LatencyTable(setting, 7, {"0.heads": [1]}, {"0.heads": [5]}, [[7, 7]])
+        return LatencyTable(setting, 7, {"0.heads": [1]}, {"0.heads": [5]}, [[0, 0], [7, 7]])
 
     def look_up(phase: str = "prefill", compiled: bool = False, sizes: tuple[int, int] = (1, 6), round_to: int = 8, **model: Any):
         own = model.pop("model", None) or tiny("llama", **model)
@@ -237,6 +239,8 @@ def test_a_table_is_remembered_for_this_device_batch_and_shape(memory: Path, mon
         {"phase": "decode"},
         {"compiled": True},
         {"attn_implementation": "eager"},
+        {"vocab_size": 99},
+        {"hidden_act": "gelu"},
     ]
     for other in others:
         look_up(**other)
@@ -358,12 +362,13 @@ def test_a_budget_below_what_cannot_be_pruned_is_refused(clock: Clock) -> None:
     assert model.config.to_dict().get("stat_pruning") is None
 
 
-def saved(tmp_path: Path, model: nn.Module, **changes: Any) -> str:
+def saved(tmp_path: Path, model: nn.Module, /, **changes: Any) -> str:
     sizes = {group.name: options(group, 8) for group in find_groups(model)}
     times = {name: [100 * size for size in own] for name, own in sizes.items()}
     setting = prefill(model, 1, 6).to_dict()
     setting |= {name: changes.pop(name) for name in list(changes) if name in setting}
-    values = {"setting": setting, "total": 20_000, "sizes": sizes, "times": times, "whole": [[0, 0], [20_000, 20_000]]}
+    total = changes.pop("total", 20_000)
+    values = {"setting": setting, "total": total, "sizes": sizes, "times": times, "whole": [[0, 0], [total, total]]}
     path = tmp_path / "table.json"
     path.write_text(json.dumps({**values, **changes}))
     return str(path)
@@ -389,6 +394,17 @@ def saved(tmp_path: Path, model: nn.Module, **changes: Any) -> str:
             "of 0.neurons it has the sizes",
         ),
         ({"times": {}}, "another model's"),
+        ({"model": "0123"}, "another model's: its weights have other shapes"),
+        ({"total": 0}, "holds no table of latencies: the dense model takes 0 nanoseconds in it"),
+        ({"total": "8"}, "holds no table of latencies"),
+        ({"seq_len": "99"}, "holds no table of latencies: its seq_len is '99', no int"),
+        ({"sizes": {"0.heads": [2, 1, 4]}}, r"of 0.heads it has the sizes \[2, 1, 4\]"),
+        ({"times": {"0.heads": [float("nan")] * 4}}, "in .*nan.* nanoseconds"),
+        ({"times": {"0.heads": [-5, 1, 2, 3]}}, r"in \[-5, 1, 2, 3\] nanoseconds"),
+        ({"whole": []}, r"whole models take \[\] nanoseconds"),
+        ({"whole": [[20_000, 20_000]]}, "whole models take"),
+        ({"whole": [[20_000, 20_000], [0, 0]]}, "whole models take"),
+        ({"whole": [[0, 0], [20_000, 19_000]]}, r"whole models take .*19000\]\] nanoseconds in it, the dense one 20000"),
         ({"colour": 1}, "holds no table of latencies"),
     ],
 )
@@ -405,6 +421,18 @@ def test_a_device_that_vanished_is_said_to_be_gone(tmp_path: Path, monkeypatch: 
     path = saved(tmp_path, model, device="cuda (NVIDIA H100)")
     with pytest.raises(ValueError, match="which this machine does not have"):
         latency_table(model, 8, prefill(model, 1, 6), path)
+
+
+@pytest.mark.parametrize("text", ["{", "{}", "null", "[]", '{"setting": 3}'])
+def test_a_damaged_memory_is_measured_again(text: str, memory: Path, caplog: pytest.LogCaptureFixture, clock: Clock) -> None:
+    model = slow(tiny("bert"), 2, 0.2, 10)
+    with quiet(model):
+        first = latency_table(model, 8, prefill(model, 1, 6))
+        (file,) = memory.iterdir()
+        file.write_text(text)
+        assert latency_table(model, 8, prefill(model, 1, 6)) == first
+    assert f"The latencies in {file} cannot be read and are measured again" in caplog.text
+    assert json.loads(file.read_text()) == json.loads(json.dumps(first.to_dict()))
 
 
 @pytest.mark.parametrize("text", [None, "[1, 2]", "{", '{"latency_table": 3}'])
@@ -430,10 +458,72 @@ def test_a_folder_that_cannot_be_written_does_not_stop_the_run(
     (tmp_path / "file").write_text("")
     monkeypatch.setattr(latency, "cache_folder", lambda: tmp_path / "file" / "below")
     setting = prefill(tiny("bert"), 1, 6)
-    table = LatencyTable(setting, 7, {"0.heads": [1]}, {"0.heads": [5]}, [[7, 7]])
+    table = LatencyTable(setting, 7, {"0.heads": [1]}, {"0.heads": [5]}, [[0, 0], [7, 7]])
     monkeypatch.setattr(latency_cache, "measure_table", lambda *_: table)
     assert latency_table(tiny("bert"), 8, setting) is table
     assert "could not be remembered" in caplog.text
+
+
+def test_a_full_disk_leaves_nothing_behind(
+    memory: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    original, setting = Path.write_text, prefill(tiny("bert"), 1, 6)
+
+    def write_text(path: Path, text: str) -> None:
+        original(path, text[:9])
+        raise OSError(28, "No space left on device")
+
+    table = LatencyTable(setting, 7, {"0.heads": [1]}, {"0.heads": [5]}, [[0, 0], [7, 7]])
+    monkeypatch.setattr(latency_cache, "measure_table", lambda *_: table)
+    monkeypatch.setattr(Path, "write_text", write_text)
+    assert latency_table(tiny("bert"), 8, setting) is table
+    assert "No space left on device" in caplog.text
+    assert list(memory.iterdir()) == []
+
+
+class Stopped(Exception):
+    """The power went off."""
+
+
+@pytest.mark.parametrize("asked", [{"keep": 0.7}, {"milliseconds": 30.0}])
+def test_a_run_that_goes_on_counts_with_the_times_it_had(
+    asked: dict[str, float], clock: Clock, memory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Blocks that are cut already would not fit what others say: here heads take four times as long when it goes on."""
+
+    def run(per_head: float, folder: str) -> tuple[Any, Any]:
+        for file in memory.glob("*"):
+            file.unlink()
+        pruner = STATPruner(slow(tiny("bert"), per_head, 0.2, 10), STATConfig(budget="latency", round_to=1, **asked))
+        pruner.prune(many(), resume_from_checkpoint=tmp_path / folder)
+        return {group.name: group.kept for group in pruner.report.groups}, pruner.model.state_dict()
+
+    original = journal.Journal.keep
+
+    def keep(self: Any, key: str, *arguments: Any, **named: Any) -> None:
+        original(self, key, *arguments, **named)
+        if key.startswith("Correcting") and key.endswith("behind 0"):
+            raise Stopped
+
+    sizes, weights = run(2, "whole")
+    assert run(8, "other")[0] != sizes, "the times do not matter: the test is none"
+    with monkeypatch.context() as patch:
+        patch.setattr(journal.Journal, "keep", keep)
+        with pytest.raises(Stopped):
+            run(2, "cut")
+    found = run(8, "cut")
+    assert found[0] == sizes
+    assert all(torch.equal(found[1][name], value) for name, value in weights.items())
+
+
+@pytest.mark.parametrize(("phase", "most"), [("prefill", 64), ("decode", 63)])
+def test_no_more_positions_are_timed_than_there_are(phase: str, most: int) -> None:
+    model = tiny("gpt2", n_positions=64)
+    with quiet(model):
+        Workload(model, Setting.of(model, phase, 1, most)).run_model()()
+        with pytest.raises(ValueError, match=f"has positions for {most} tokens.*: lower serve_seq_len"):
+            Workload(model, Setting.of(model, phase, 1, most + 1))
+    assert side_by_side(model, model, 1, 500, phase).seq_len == most
 
 
 def test_a_staircase_is_used_to_its_edges(tmp_path: Path) -> None:
@@ -527,6 +617,8 @@ def test_a_profile_is_remembered_for_prune(tmp_path: Path) -> None:
     tiny("bert").save_pretrained(tmp_path / "dense")
     found = profile(str(tmp_path / "dense"), FisherConfig(serve_seq_len=9), task=None, device=None)
     text = str(found)
+    half = profile(str(tmp_path / "dense"), FisherConfig(serve_seq_len=9), task=None, device=None, dtype="bfloat16")
+    assert str(half).endswith("--round-to 8 --dtype bfloat16")
     assert re.search(r"blocks +group +units +ms of a block +of dense +of the model\n0-1 +heads +4 ", text)
     assert text.endswith("--budget latency --serve-phase prefill --serve-batch-size 1 --serve-seq-len 9 --round-to 8")
     pruner = FisherPruner.from_pretrained(tmp_path / "dense", FisherConfig(keep=1.0, budget="latency", serve_seq_len=9))
