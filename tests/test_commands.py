@@ -629,8 +629,10 @@ def test_sweep_without_output_cuts_nothing(folders: dict[str, str], data: dict[s
 
 
 def test_sweep_refuses_what_it_cannot_do(folders: dict[str, str], data: dict[str, str], tmp_path: Path, capsys: Any) -> None:
-    start = ["sweep", "-m", folders["llama"], "-d", data["data.jsonl"]]
+    start = ["sweep", "-d", data["data.jsonl"], "-m", folders["llama"]]
+    measured = ["-m", folders["classifier"], "--eval-dataset", data["data.jsonl"], "--keep", "0.8,0.6", str(tmp_path / "out")]
     for wrong, code, says in (
+        ([*measured, "--serve-phase", "decode", "--budget", "macs"], 1, "BertForSequenceClassification, which keeps no keys"),
         ([str(tmp_path / "out")], 2, "OUTPUT asked without --keep"),
         (["--keep", "half"], 2, "shares with commas"),
         (["--keep", "0.5,2"], 1, "must be a list of shares in (0, 1], not 2.0"),

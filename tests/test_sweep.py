@@ -149,3 +149,11 @@ def test_methods_that_train_make_one_size_at_a_time(recipe: str) -> None:
     with pytest.raises(ValueError, match="trains towards one size"):
         pruner_for(recipe, model).plan(many(), KEEP)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_a_sweep_after_a_run_with_a_journal_measures_anew(tmp_path: Any) -> None:
+    pruner = STATPruner.from_pretrained(tiny("llama"), STATConfig(keep=0.8, round_to=1))
+    pruner.prune(many(), resume_from_checkpoint=tmp_path)
+    other = STATPruner.from_pretrained(pruner.model, STATConfig(keep=0.8, round_to=1))
+    found, wanted = ([sizes(each.report) for each in own.sweep(many(), [0.7])] for own in (pruner, other))
+    assert found == wanted
