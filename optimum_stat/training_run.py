@@ -31,20 +31,29 @@ def begin(args: TrainingArguments, run: Mapping[str, Any], resume: str | Path | 
     if wrong is not None:
         raise ValueError(f"{wrong}=True asked of a run that is resumed: it would end elsewhere than one that was never stopped.")
     place = here if resume is True else Path(resume).parent
-    before = json.loads((place / RUN).read_text()) if (place / RUN).is_file() else now
+    before = _written(place) or now
     name = next((name for name in {**before, **now} if before.get(name) != now.get(name)), None)
     if name is not None:
         raise ValueError(
             f"{place} holds the checkpoints of another run: its {name} was {before.get(name)!r}, now {now.get(name)!r} is asked. "
             "Ask for the same again, or name another output_dir."
         )
-    if resume is not True:
+    if resume is not True and args.should_save:
         _forget(here)  # what came of later checkpoints than the one that is named
 
 
 def finished(args: TrainingArguments) -> Path:
     """Where the weights and masks are kept while what is left trains."""
     return Path(args.output_dir) / FINETUNE / MASKED
+
+
+def _written(folder: Path) -> dict[str, Any]:
+    """Empty if nothing, or something else, stands there."""
+    try:
+        found = json.loads((folder / RUN).read_text())
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
 def _forget(folder: Path) -> None:
