@@ -428,7 +428,7 @@ def test_a_method_that_trains(
         assert 0.4 < report["reached"] <= 0.6
         assert "accuracy" in (out / "README.md").read_text()
         found.append((out / "model.safetensors").read_bytes())
-        assert {path.name for path in checkpoints.iterdir()} == {"checkpoint-4", "checkpoint-8", "checkpoint-9"}
+        assert {path.name for path in checkpoints.iterdir()} == {"checkpoint-4", "checkpoint-8", "checkpoint-9", "stat_run.json"}
         shutil.rmtree(checkpoints / "checkpoint-9")
     assert found[0] == found[1]
 

@@ -15,7 +15,7 @@ from test_probes import _data
 from tiny import batches, many, one_in_three, outputs, tiny
 from torch import Tensor, nn
 
-from optimum_stat import FisherConfig, MovementConfig, STATConfig, STATPruner, SurgeonConfig, trunk
+from optimum_stat import FisherConfig, MovementConfig, STATConfig, STATPruner, SurgeonConfig, calibration, trunk
 from optimum_stat.budget import model_cost
 from optimum_stat.command_options import add_config_options, given_config
 from optimum_stat.families import find_blocks, find_groups, weight
@@ -163,7 +163,7 @@ def test_the_trunk_chosen_is_the_best_of_all():
     asked = {"keep": 0.4, "round_to": 8}
     pruner = STATPruner.from_pretrained(tiny("llama", num_hidden_layers=4), STATConfig(structures=ALL, **asked))
     (forecast,) = pruner.plan(many(), keep=[0.4])
-    data, groups, found = pruner._read(many(), None, None), find_groups(pruner.model), {}
+    data, groups, found = calibration.read(pruner, many(), None, None), find_groups(pruner.model), {}
     with pruner.at_work():
         ranking = pruner.survey(groups, data, pruner.timer())
     for size in product(range(1, 5), range(8, 33, 8)):

@@ -10,7 +10,7 @@ import torch
 from tiny import batches, many, outputs, tiny
 from torch import Tensor
 
-from optimum_stat import VIBConfig, VIBPruner
+from optimum_stat import VIBConfig, VIBPruner, calibration
 from optimum_stat.budget import options, unit_cost
 from optimum_stat.families import find_groups, weight
 from optimum_stat.methods.vib_gates import Gates, divergence, log_noise
@@ -197,7 +197,7 @@ def test_masks_only_leaves_the_weights_as_they_are_but_for_the_folded_means():
 def test_a_share_of_the_data():
     model = tiny("bert", "SequenceClassification")
     pruner = VIBPruner.from_pretrained(model, VIBConfig(data_share=0.25))
-    read = pruner._read([{"input_ids": list(range(3, 12)), "label": i % 3} for i in range(40)], None, None)
+    read = calibration.read(pruner, [{"input_ids": list(range(3, 12)), "label": i % 3} for i in range(40)], None, None)
     assert len(pruner.rows(read)) == 10
     assert VIBConfig.fast(0.3).data_share == 0.03
 
