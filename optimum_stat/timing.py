@@ -170,9 +170,18 @@ class Workload:
 
 
 def longest(model: Any, phase: str) -> int | None:
-    """How many tokens a pass can be timed on; None: any number."""
-    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    return None if not positions or positions < 0 else int(positions) - (phase == "decode")
+    """How many tokens a pass can be timed on: as many as have learned positions; None, any number, where there are none."""
+    learned = [
+        module
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Embedding) and ("position" in name.rpartition(".")[2] or name.endswith("wpe"))
+    ]
+    if not learned:
+        return None
+    # where positions start behind the number that padding has, the config counts it too
+    free = min(module.num_embeddings - (0 if module.padding_idx is None else module.padding_idx + 1) for module in learned)
+    stated = getattr(model.config.get_text_config(), "max_position_embeddings", None) or free
+    return int(min(free, stated)) - (phase == "decode")
 
 
 def _cache_in(values: Mapping[Any, Any]) -> Cache | None:

@@ -37,7 +37,7 @@ from optimum_stat.probes import caches_in, quiet
 from optimum_stat.profiling import profile
 from optimum_stat.slicing import slice_model
 from optimum_stat.speed import side_by_side
-from optimum_stat.timing import Setting, Workload
+from optimum_stat.timing import Setting, Workload, longest
 
 MS = 1_000_000
 
@@ -524,6 +524,21 @@ def test_no_more_positions_are_timed_than_there_are(phase: str, most: int) -> No
         with pytest.raises(ValueError, match=f"has positions for {most} tokens.*: lower serve_seq_len"):
             Workload(model, Setting.of(model, phase, 1, most + 1))
     assert side_by_side(model, model, 1, 500, phase).seq_len == most
+
+
+def test_which_models_have_positions_for_so_many_tokens() -> None:
+    found = {family: longest(tiny(family), "prefill") for family in ("bert", "roberta", "opt", "llama")}
+    assert found == {family: most for family, most in found.items() if most is None or works(tiny(family), most)}
+    assert [family for family, most in found.items() if most is None] == ["llama"]
+    assert not any(works(tiny(family), most + 1) for family, most in found.items() if most is not None)
+
+
+def works(model: Any, length: int) -> bool:
+    try:
+        model(torch.full((1, length), 5))
+    except (IndexError, RuntimeError):
+        return False
+    return True
 
 
 def test_a_staircase_is_used_to_its_edges(tmp_path: Path) -> None:
