@@ -109,9 +109,9 @@ def open_journal(pruner: Pruner[Any], folder: str | Path | None, batches: Batche
     run = {
         "method": pruner.method,
         "model": pruner.source,
-        "config": pruner.config.to_dict(),
+        **pruner.config.to_dict(),
         "data": batches.fingerprint,
-        "labels": _digest(batches.labels or ()),
+        "labels of the data": _digest(batches.labels or ()),
         "weights": _fingerprint(pruner.model),
         "versions": {name: metadata.version(name) for name in ("optimum-stat", "torch", "transformers")},
     }

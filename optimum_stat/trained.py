@@ -117,7 +117,7 @@ class TrainedPruner(Pruner[T]):
             args = self._arguments(training_args, spare)
             training_arguments.check(args, self.model, evaluation)
             resume = resume_from_checkpoint or args.resume_from_checkpoint
-            training_run.begin(args, {"method": self.method, "config": self.config.to_dict()}, resume)
+            training_run.begin(args, {"method": self.method, **self.config.to_dict()}, resume)
             # the teacher is taken before anything changes: it may be this very model
             own = None if taught is None else teachers.teacher_for(self.model, teacher)
             self._run = _Run(args, evaluation, own, resume, wanted)

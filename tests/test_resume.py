@@ -167,7 +167,7 @@ def test_what_somebody_else_keeps_in_the_folder_stays(tmp_path: Path) -> None:
 
 def test_another_run_is_refused(tmp_path: Path) -> None:
     pruned("stat", "llama", tmp_path)
-    with pytest.raises(ValueError, match=r"holds what another run has done: its config was .*'keep': 0.6.* now .*'keep': 0.7"):
+    with pytest.raises(ValueError, match=r"holds what another run has done: its keep was 0\.6, now 0\.7 is asked"):
         STATPruner(deep("llama"), STATConfig(keep=0.7)).prune(many(), resume_from_checkpoint=tmp_path)
     with pytest.raises(ValueError, match="its data was"):
         STATPruner(deep("llama"), RUNS["stat"][1]).prune(batches(), resume_from_checkpoint=tmp_path)
@@ -177,7 +177,7 @@ def test_another_run_is_refused(tmp_path: Path) -> None:
     config = FisherConfig(labels="data")
     first, other = ([{**batch, "labels": torch.full((len(batch["input_ids"]),), of)} for batch in many(400)] for of in (0, 1))
     FisherPruner(copy.deepcopy(classifier), config).prune(first, resume_from_checkpoint=tmp_path / "labelled")
-    with pytest.raises(ValueError, match="its labels was"):
+    with pytest.raises(ValueError, match="its labels of the data was"):
         FisherPruner(copy.deepcopy(classifier), config).prune(other, resume_from_checkpoint=tmp_path / "labelled")
     elements = SurgeonPruner(deep("llama"), SurgeonConfig(structure="elements"))
     with pytest.raises(ValueError, match="makes zeros, trains adapters"):

@@ -568,9 +568,7 @@ def test_only_the_same_run_is_resumed(tmp_path: Path, monkeypatch: pytest.Monkey
     whole.prune(labelled(), training_args={**asked, "output_dir": str(tmp_path / "whole")})
     with power_cut(monkeypatch, 9):
         start().prune(labelled(), training_args=asked)
-    with pytest.raises(
-        ValueError, match=r"holds the checkpoints of another run: its config was .*'keep': 0.6.* now .*'keep': 0.7"
-    ):
+    with pytest.raises(ValueError, match=r"holds the checkpoints of another run: its keep was 0\.6, now 0\.7 is asked"):
         start(keep=0.7).prune(labelled(), training_args=asked, resume_from_checkpoint=True)
     for name in ("save_only_model", "ignore_data_skip"):
         with pytest.raises(ValueError, match=f"{name}=True asked of a run that is resumed"):
