@@ -91,8 +91,7 @@ def save(pruner: Pruner[Any], folder: Path, **kwargs: Any) -> None:
     Of several processes the main one writes, and the others wait for it.
     """
     processes = Processes.launched()
-    if processes.is_main:
-        _save(pruner, folder, **kwargs)
+    processes.as_main(lambda: _save(pruner, folder, **kwargs))
     processes.wait()
 
 
@@ -104,7 +103,12 @@ def _save(pruner: Pruner[Any], folder: Path, **kwargs: Any) -> None:
         write_repo(pruner, beside, folder.name, **kwargs)
 
 
-def push(
+def push(pruner: Pruner[Any], repo_id: str, **kwargs: Any) -> str:
+    """Upload what `save` writes in one commit, from the main process; returns its address. kwargs: see `Pruner.push_to_hub`."""
+    return Processes.launched().as_main(lambda: _push(pruner, repo_id, **kwargs))
+
+
+def _push(
     pruner: Pruner[Any],
     repo_id: str,
     *,
@@ -115,10 +119,7 @@ def push(
     create_pr: bool = False,
     **kwargs: Any,
 ) -> str:
-    """Upload what `save` writes in one commit, from the main process; returns its address. kwargs: of `model.save_pretrained`."""
-    processes = Processes.launched()
-    if not processes.is_main:
-        return processes.tell("")
+    """kwargs: of `model.save_pretrained`."""
     if (token or get_token()) is None:
         raise ValueError(f"Pushing to {repo_id} needs a token: run `hf auth login`, set HF_TOKEN, or pass token=.")
     check_record(pruner.model)
@@ -138,7 +139,7 @@ def push(
                 create_pr=create_pr,
                 delete_patterns=list(WEIGHTS),
             )
-    return processes.tell(str(commit.commit_url))
+    return str(commit.commit_url)
 
 
 @contextmanager

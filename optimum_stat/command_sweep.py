@@ -7,7 +7,7 @@ import json
 from typing import Any, final
 
 from . import command_data, command_options, command_values
-from .command_base import Command, Result, WrongArguments, check_model
+from .command_base import MAIN, Command, Result, WrongArguments, check_model
 from .command_prune import check_output, method_and_config, pruner_and_data
 
 
@@ -67,7 +67,8 @@ class SweepCommand(Command):
         from . import family
 
         found = family.write(pruner, pruner.sweep(**data, **shares), args.output, eval_data)
-        (args.output / "sweep.json").write_text(json.dumps(found.to_dict(), indent=2) + "\n")
+        if MAIN:
+            (args.output / "sweep.json").write_text(json.dumps(found.to_dict(), indent=2) + "\n")
         return f"{found}\nsaved in {args.output}", found.to_dict()
 
     def _eval_data(self) -> Any:

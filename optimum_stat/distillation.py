@@ -52,7 +52,8 @@ def distill(model: nn.Module, teacher: nn.Module, batches: Batches, epochs: int,
     order = [int(at) for _ in range(epochs) for at in torch.randperm(len(parts), generator=generator)]
     lost = 0.0
     with quiet(teacher), torch.enable_grad():
-        for step, at in enumerate(tqdm(order, desc="Distilling", unit="batch")):
+        shown = {"desc": "Distilling", "unit": "batch", "disable": None if batches.processes.is_main else True}
+        for step, at in enumerate(tqdm(order, **shown)):
             lost += _backward(model, teacher, {name: value.to(device_of(model)) for name, value in parts[at].items()})
             rate = min(RATE, NEAR * math.sqrt(max(0.0, lost) / (step + 1)))
             share = min((step + 1) / (WARM_UP * len(order)), 1 - step / len(order))

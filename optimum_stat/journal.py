@@ -25,6 +25,7 @@ from .processes import Processes
 FORMAT = 3
 INDEX = "journal.json"
 OURS = re.compile(rf"\d{{6,}}-\d{{3,}}\.(safetensors|part)|{re.escape(INDEX)}.*")
+PROCESS = re.compile(r"\d+-of-\d+")
 PIECE = 1 << 26  # bytes, about, in a file: what is written is copied before, so an entry may be larger than what is free
 
 
@@ -49,6 +50,12 @@ class Journal:
         """
         if folder is None:
             return cls()
+        counts = {int(path.name.rpartition("-")[2]) for path in Path(folder).glob("*-of-*") if PROCESS.fullmatch(path.name)}
+        if counts - {processes.count}:
+            raise ValueError(
+                f"{folder} holds what a run of {max(counts)} processes has done; here are {processes.count}. Start as many, or "
+                "delete the folder."
+            )
         own = Path(folder, f"{processes.index + 1}-of-{processes.count}")
         try:
             own.mkdir(parents=True, exist_ok=True)

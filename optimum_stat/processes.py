@@ -6,8 +6,9 @@ same sums, so nothing but sums has to travel.
 
 from __future__ import annotations
 
+import builtins
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -32,7 +33,9 @@ class Processes:
 
         cpu: connect over the network (gloo), although there are GPUs.
         """
-        if not torch.distributed.is_initialized() and int(os.environ.get("WORLD_SIZE", "1")) < 2:
+        if torch.distributed.is_initialized():  # accelerate's state forgets it where TrainingArguments are made on a CPU
+            return cls(torch.distributed.get_rank(), torch.distributed.get_world_size())
+        if int(os.environ.get("WORLD_SIZE", "1")) < 2:
             return cls()
         state = PartialState(cpu=cpu or not torch.accelerator.is_available())
         return cls(state.process_index, state.num_processes)
@@ -79,6 +82,23 @@ class Processes:
         except RuntimeError as error:
             raise self._lost(error) from error
         return box[0]
+
+    def as_main(self, work: Callable[[], T]) -> T:
+        """What `work`, which the main process alone does, gives; plain values only. If it fails there, it fails in all."""
+        value: Any = None
+        failed: Exception | None = None
+        if self.is_main:
+            try:
+                value = work()
+            except Exception as error:
+                failed = error
+        kind = next((each.__name__ for each in type(failed).__mro__ if each.__module__ == "builtins"), "")
+        value, kind, message = self.tell((value, "" if failed is None else kind, str(failed)))
+        if failed is not None:
+            raise failed
+        if kind:
+            raise getattr(builtins, kind)(f"The main process failed: {message}")
+        return value
 
     def everybodys(self, value: int) -> list[int]:
         """What each process has for `value`."""

@@ -25,6 +25,7 @@ from .currency import Currency
 from .data import Batches, pad_id_of
 from .experts import opened_in
 from .families import Group, find_groups
+from .processes import Processes
 from .pruner import Pruner
 from .report import GroupReport, Lines, TimedStage
 from .slicing import Plan, restored_on_error, slice_model
@@ -278,4 +279,6 @@ class TrainedPruner(Pruner[T]):
             "dataloader_pin_memory": torch.cuda.is_available(),
             **self.defaults,
         }
+        if Processes.launched().count > 1 and not torch.accelerator.is_available():
+            own["use_cpu"] = True  # or each process would train alone
         return TrainingArguments(**{**own, **asked})

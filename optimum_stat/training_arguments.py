@@ -4,13 +4,19 @@ from __future__ import annotations
 
 from torch import nn
 from transformers import TrainingArguments
+from transformers.training_args import ParallelMode
 
 from .data import Batches
+from .processes import Processes
 from .training_data import metrics_of
 
 
 def check(args: TrainingArguments, model: nn.Module, evaluation: Batches | None) -> None:
     """Refuse, before any work, what Trainer would find out at the end, or nobody would."""
+    if Processes.launched().count > 1 and args.parallel_mode != ParallelMode.DISTRIBUTED:
+        raise ValueError(
+            "training_args for one process, where several run: each would train alone. On CPUs, ask for use_cpu=True."
+        )
     if args.load_best_model_at_end:
         raise ValueError(
             "load_best_model_at_end asked, but while pruning the best checkpoint is one that is hardly pruned yet. "

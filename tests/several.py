@@ -15,10 +15,14 @@ from tiny import batches, tiny
 from optimum_stat import (
     FisherConfig,
     FisherPruner,
+    MovementConfig,
+    MovementPruner,
     STATConfig,
     STATPruner,
     SurgeonConfig,
     SurgeonPruner,
+    VIBConfig,
+    VIBPruner,
     journal,
     processes,
     walk,
@@ -36,6 +40,10 @@ METHODS: dict[str, tuple[Any, Any]] = {
     "surgeon": (SurgeonPruner, SurgeonConfig(keep=0.6, round_to=1, shots=2)),
     "surgeon, elements": (SurgeonPruner, SurgeonConfig(keep=0.6, shots=1, structure="elements")),
 }
+TRAINED: dict[str, tuple[Any, Any]] = {
+    "movement": (MovementPruner, MovementConfig(keep=0.6, round_to=1, batch_size=4, finetune_epochs=1.0)),
+    "vib": (VIBPruner, VIBConfig(keep=0.6, round_to=1, batch_size=4)),
+}
 FAMILIES = ("llama", "bert")
 CHUNK = 60  # tokens: the data must be worth sharing
 
@@ -47,8 +55,17 @@ def examples(seed: int = 0) -> list[dict[str, torch.Tensor]]:
 
 
 def families_of(name: str) -> tuple[str, ...]:
-    """BERT turns no pairs."""
-    return FAMILIES[:1] if "pairs" in name else FAMILIES
+    """BERT turns no pairs; what trains has labels."""
+    return FAMILIES[1:] if name in TRAINED else FAMILIES[:1] if "pairs" in name else FAMILIES
+
+
+def trained(name: str) -> Any:
+    """A pruner that has trained, with an evaluation."""
+    method, config = TRAINED[name]
+    rows = [{"input_ids": row["input_ids"][0].tolist(), "label": i % 3} for i, row in enumerate(batches(range(5, 29), 1))]
+    pruner = method(tiny("bert", "SequenceClassification"), config)
+    pruner.prune(rows, rows[:6], {"disable_tqdm": True, "report_to": "none", "learning_rate": 1e-3, "num_train_epochs": 2})
+    return pruner
 
 
 def main(rank: int, environment: dict[str, str], folder: Path, names: list[str], fate: str) -> None:
@@ -73,9 +90,12 @@ def prune(rank: int, folder: Path, names: list[str], fate: str) -> None:
     seen = _watched()
     for name in names:
         for family in families_of(name):
-            method, config = METHODS[name]
-            pruner = method(tiny(family), config)
-            pruner.prune(examples(), resume_from_checkpoint=place and Path(place, name, family))
+            if name in TRAINED:
+                pruner = trained(name)
+            else:
+                method, config = METHODS[name]
+                pruner = method(tiny(family), config)
+                pruner.prune(examples(), resume_from_checkpoint=place and Path(place, name, family))
             where = folder / name / family
             pruner.save_pretrained(where)
             assert (where / "model.safetensors").exists(), "the others go on only when it is there"

@@ -43,7 +43,7 @@ def launched(count: int, folder: Path, names: list[str], fate: str = "") -> list
     environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     context = multiprocessing.get_context("forkserver")  # real processes, but transformers is imported once
     context.set_forkserver_preload(["several"])
-    folder.mkdir()
+    folder.mkdir(exist_ok=True)
     running = [context.Process(target=several.main, args=(rank, environment, folder, names, fate)) for rank in range(count)]
     for process in running:
         process.start()
@@ -84,6 +84,28 @@ def test_any_number_of_processes_gives_the_same_plan_and_weights(count: int, alo
             for rank in range(1, count):
                 other = load_file(found / f"{name}-{family}-{rank}.safetensors")
                 assert all(torch.equal(other[key], value) for key, value in written.items()), (name, family, rank)
+
+
+def test_processes_train_together(tmp_path: Path) -> None:
+    """One model, not one each; and saved whole, by the main one."""
+    pruned(2, tmp_path / "two", list(several.TRAINED))
+    pruned(1, tmp_path / "one", list(several.TRAINED))
+    for name in several.TRAINED:
+        written = load_file(tmp_path / "two" / name / "bert" / "model.safetensors")
+        other = load_file(tmp_path / "two" / f"{name}-bert-1.safetensors")
+        assert all(torch.equal(other[key], value) for key, value in written.items()), name
+        alone = load_file(tmp_path / "one" / name / "bert" / "model.safetensors")
+        assert not all(value.shape == alone[key].shape and torch.equal(value, alone[key]) for key, value in written.items()), name
+
+
+def test_what_fails_in_the_main_process_fails_in_all(tmp_path: Path) -> None:
+    (tmp_path / "found" / "stat, stream" / "llama").mkdir(parents=True)
+    (tmp_path / "found" / "stat, stream" / "llama" / "mine").touch()
+    assert launched(2, tmp_path / "found", ["stat, stream"]) == [1, 1]
+    found = [(tmp_path / "found" / f"error-{rank}.txt").read_text() for rank in range(2)]
+    assert found[0].startswith("FileExistsError: ")
+    assert found[1].startswith("FileExistsError: The main process failed: ")
+    assert found[1].endswith("is not an empty folder; nothing was written. Choose another place.")
 
 
 def test_every_example_is_read_by_one_process(tmp_path: Path) -> None:

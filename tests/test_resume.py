@@ -330,3 +330,9 @@ def test_what_a_stopped_run_leaves(
     main([*command(dense, tmp_path / "whole", "stat", "--max-examples", "200")])
     assert {path.name for path in tmp_path.iterdir()} == {"whole", "out"}
     assert (tmp_path / "out" / "model.safetensors").read_bytes() == (tmp_path / "whole" / "model.safetensors").read_bytes()
+
+
+def test_a_journal_of_other_processes_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "2-of-2").mkdir()
+    with pytest.raises(ValueError, match="holds what a run of 2 processes has done; here are 1"):
+        STATPruner(deep("llama"), STATConfig()).prune(many(), resume_from_checkpoint=tmp_path)

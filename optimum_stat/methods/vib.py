@@ -89,7 +89,12 @@ class VIBPruner(TrainedPruner[VIBConfig]):
         year=2024,
         arxiv="2406.05276",
     )
-    defaults: ClassVar[Mapping[str, Any]] = {"num_train_epochs": 1, "learning_rate": 5e-5, "warmup_steps": 0.05}
+    defaults: ClassVar[Mapping[str, Any]] = {
+        "num_train_epochs": 1,
+        "learning_rate": 5e-5,
+        "warmup_steps": 0.05,
+        "ddp_find_unused_parameters": False,  # multipliers reach the loss outside of the model's forward: not unused
+    }
 
     _masks: Gates
 
