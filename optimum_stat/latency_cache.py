@@ -91,7 +91,8 @@ def _read(path: Path, model: Any, round_to: int, setting: Setting) -> LatencyTab
         raise ValueError(f"The latencies in {path} are of {there}, but {setting} is asked.")
     if table.model not in ("", shapes_of(model)):
         raise ValueError(
-            f"The latencies in {path} are another model's: its weights have other shapes. Leave it out to measure them."
+            f"The latencies in {path} are another model's: its weights have other shapes. Leave latency_table out to measure "
+            "this one's."
         )
     _check_sizes(path, table, {group.name: options(group, round_to) for group in find_groups(model)})
     return table
