@@ -74,7 +74,7 @@ def corrected_consumer(
             kept = torch.cat([kept, kept.new_ones(len(kept), 1)], dim=1)
         system.add(kept, product(z.index_select(1, rest), lost))
 
-    walk.run(group.block, [group], add)
+    walk.halt(group, add, columns)
     change = system.solve(walk.processes)
     corrected = (full[:, columns] + change[:, : len(columns)]).to(full.dtype)
     return corrected, (bias + change[:, -1]).to(bias.dtype) if constant and isinstance(bias, Tensor) else None

@@ -10,6 +10,7 @@ from torch import nn
 from .budget import unit_cost
 from .device_speed import Speeds
 from .families import Group, weight
+from .halted import room_for
 from .probes import gradient_stride
 
 
@@ -106,13 +107,18 @@ class Work:
         return count * (wide**3 * 1.6 + 0.6 * wide**2 * out)
 
     def _correction(self, group: Group) -> tuple[float, float, float]:
-        """(forward passes up to this consumer and, behind a block's last one, to the next block; moments; solving)."""
+        """(what of a forward pass this group's correction takes; moments; solving).
+
+        That of the group alone, where the block waits; or a run up to its consumer and, behind the last, to the next block.
+        """
         out, (count, wide) = int(weight(group.consumer).shape[0]), matrices(group)
         left = self.kept[group.name] * wide // group.units
         own = [each for each in self.groups if each.block == group.block]
-        before = sum(self._run(each, self.kept[each.name]) for each in own[: own.index(group)])
-        again = before + self._run(group, group.units) - self.num_tokens * count * wide * out
-        if group is own[-1]:
-            again += sum(self._run(each, self.kept[each.name]) for each in own)
+        again = self._run(group, group.units) - self.num_tokens * count * wide * out
+        if all(each.experts is None and room_for(self.model, each, self.num_tokens, self.seq_len) for each in own):
+            again += self.num_tokens * left * out
+        else:
+            as_cut = [self._run(each, self.kept[each.name]) for each in own]
+            again += sum(as_cut[: own.index(group)]) + (sum(as_cut) if group is own[-1] else 0)
         moments = self.num_tokens * group.active[0] * (0.58 * left**2 + (wide - left) * out + left * out)
         return again, moments, count * (left**3 / 3 + left**2 * out)

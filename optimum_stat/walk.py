@@ -6,8 +6,9 @@ of the model, and no more than one block's statistics need to exist at a time.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +19,7 @@ from .blocks import TOKENS, find_stacks
 from .calls import Call, Returned, Stop, hidden_of, record_calls, without_hidden
 from .data import Batches
 from .families import Group, applications_of, find_blocks
+from .halted import HaltedPasses, room_for
 from .journal import Journal
 from .offload import brought_in
 from .probes import Visit, device_of, on_consumer_input, real_rows
@@ -45,7 +47,10 @@ class BlockWalk:
         self._calls: list[list[list[Call]]] = []
         self._finished: list[tuple[Returned, Activations]] = []  # stack after stack, what its last block returned
         self._returned: Returned | None = None
-        self._batches, self._num_tokens = self._own(batches), batches.num_tokens // batches.processes.count
+        self._num_tokens = batches.num_tokens
+        self._longest = batches.seq_len if isinstance(batches.seq_len, int) else max(batches.seq_len)
+        self._batches = self._own(batches)
+        self._halted: HaltedPasses | None = None
         self._enter(0)
 
     def _enter(self, position: int) -> None:
@@ -71,8 +76,8 @@ class BlockWalk:
                 chunks.append([])
                 rows = 0
             chunks[-1].append(batch)
-            mask, longest = batch.get(TOKENS), batches.seq_len if isinstance(batches.seq_len, int) else max(batches.seq_len)
-            rows += int(len(next(iter(batch.values()))) * longest if mask is None else mask.sum()) * self._applications
+            mask = batch.get(TOKENS)
+            rows += int(len(next(iter(batch.values()))) * self._longest if mask is None else mask.sum()) * self._applications
         return [batch for chunk in self.processes.share(chunks) for batch in chunks[chunk]]
 
     @torch.no_grad()
@@ -86,10 +91,34 @@ class BlockWalk:
         """
         if not groups:
             return self.advance(index) if advance else None
+        self._halted = None
         self._stand_before(index)
+        self._show(groups, (self._consumer_inputs(index, groups, batch, advance) for batch in range(len(self.masks))), visit)
+        return None
+
+    @torch.no_grad()
+    def halt(self, group: Group, visit: Visit, columns: Tensor) -> None:
+        """`run` for one group that may be cut to `columns` afterwards: the block waits there, and `halt` and `advance` go on.
+
+        Groups in the order of the forward pass. Their blocks then run once, where `run` does again for each; if they would hold
+        too much meanwhile, or run more than once, this is `run`, which always begins anew, with what has changed.
+        """
+        if self._applications > 1 or not room_for(self._model, group, self._num_tokens, self._longest):
+            return self.run(group.block, [group], visit)
+        halted, self._halted = self._halted, None  # nothing waits after an error
+        if halted is None:
+            self._stand_before(group.block)
+            halted = HaltedPasses(partial(self._forward, group.block, batch) for batch in range(len(self.masks)))
+        with halted.at(group, columns) as inputs:
+            self._show([group], ([self._rows_of(z, batch)] for batch, z in enumerate(inputs)), visit)
+        self._halted = halted
+        return None
+
+    def _show(self, groups: list[Group], inputs: Iterable[list[Tensor]], visit: Visit) -> None:
+        """What the groups' consumers read in one batch after the other, of short ones together."""
         waiting: list[list[Tensor]] = []
-        for batch in range(len(self.masks)):
-            waiting.append(self._consumer_inputs(index, groups, batch, advance))
+        for batch, read in enumerate(inputs):
+            waiting.append(read)
             if sum(len(rows[0]) for rows in waiting) >= CHUNK or batch == len(self.masks) - 1:
                 by_group = [list(parts) for parts in zip(*waiting, strict=True)]
                 waiting.clear()
@@ -98,14 +127,14 @@ class BlockWalk:
                     parts.clear()  # what is shown is large enough once
                     visit(group, rows)
                     del rows
-        return None
 
     @torch.no_grad()
     def advance(self, index: int) -> None:
         """Replace every batch's hidden states by what block `index` makes of them."""
         self._stand_before(index)
-        for batch in range(len(self.masks)):
-            self.hidden[batch] = self._forward(index, batch)
+        halted, self._halted = self._halted, None
+        for batch, hidden in enumerate(halted.finish() if halted else self._passes(index)):
+            self.hidden[batch] = hidden
 
     def _stand_before(self, index: int) -> None:
         """At the first block of another stack, let the model go from what the last block of the one before has made to it."""
@@ -120,8 +149,7 @@ class BlockWalk:
 
         def see(group: Group, z: Tensor) -> None:
             nonlocal missing
-            rows = real_rows(z, self.masks[batch])
-            seen[group].append(rows if rows.dtype == torch.float64 else rows.float())
+            seen[group].append(self._rows_of(z, batch))
             missing -= 1
             if not advance and not missing:
                 raise Stop
@@ -131,6 +159,13 @@ class BlockWalk:
             if advance:
                 self.hidden[batch] = output
         return [parts[0] if len(parts) == 1 else torch.cat(parts) for parts in seen.values()]
+
+    def _rows_of(self, z: Tensor, batch: int) -> Tensor:
+        rows = real_rows(z, self.masks[batch])
+        return rows if rows.dtype == torch.float64 else rows.float()
+
+    def _passes(self, index: int) -> Iterator[Tensor]:
+        return (self._forward(index, batch) for batch in range(len(self.masks)))
 
     def _forward(self, index: int, batch: int) -> Tensor:
         hidden = self.hidden[batch]
@@ -147,11 +182,13 @@ class BlockWalk:
         """
         first = self._resumed(what, (self, *beside))
         device, shown = device_of(self._model), self.processes.is_main
-        for index in each_block(what, first, len(self.blocks), self._num_tokens, device, shown=shown):
+        tokens = self._num_tokens // self.processes.count
+        for index in each_block(what, first, len(self.blocks), tokens, device, shown=shown):
             block = self.blocks[index]
             with brought_in(block):
                 before = dict(block.named_parameters())
                 yield index
+                self._halted = None  # of the last block, behind which nothing has asked for the rest
                 now = dict(block.named_parameters())
                 if any(now[name] is not value for name, value in before.items()):
                     note, replaced = block_state.sizes(self._model, index, block), self._journal.last(f" weights {index}")

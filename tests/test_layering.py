@@ -32,6 +32,7 @@ LAYERS = (
         "data",
         "probes",
         "gradients",
+        "halted",
         "walk",
         "budget",
         "knapsack",

@@ -12,10 +12,10 @@ import pytest
 import torch
 from tiny import SIZES, VOCAB, tiny
 
-from optimum_stat import STATConfig, STATPruner
+from optimum_stat import STATConfig, STATPruner, halted
 from optimum_stat.commands import main
 from optimum_stat.device_speed import Speeds
-from optimum_stat.families import find_blocks
+from optimum_stat.families import find_blocks, find_groups
 from optimum_stat.run_plan import RunPlan, plan_run
 
 FAST = Speeds("a device", forward=1e9, element=math.inf, gram=1e9, factor=1e9, elimination=1e9, unit=0.0)
@@ -87,6 +87,20 @@ def test_time_is_work_by_speed(tmp_path: Path) -> None:
         more = planned(tiny(family), tmp_path, metric="fisher")
         assert more.forwards == pytest.approx(found.forwards + 3)  # all tokens, as there are so few
         assert str(found.seconds)[:3] in str(found.to_dict()["seconds"])
+
+
+def test_blocks_wait_while_they_are_corrected_or_run_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of one that waits all runs once, what goes included, but for the consumers, which read what stays."""
+    model = tiny("llama")
+    found = {stage.name: stage.macs for stage in planned(model, tmp_path, metric="stream", keep=0.5).stages}
+    consumers = sum(group.consumer.weight.numel() for group in find_groups(model))
+    waiting = found["forward pass"] - 1000 * consumers / 2
+    assert found["forward passes of the corrections"] == pytest.approx(waiting, rel=0.02)
+    monkeypatch.setattr(halted, "ROOM", 0)
+    again = {stage.name: stage.macs for stage in planned(model, tmp_path, metric="stream", keep=0.5).stages}
+    twice = found["forward pass"] / 2 + found["forward pass"] - 1000 * consumers
+    assert twice < again.pop("forward passes of the corrections") < twice + found["forward pass"] / 2
+    assert again == {name: macs for name, macs in found.items() if name in again}
 
 
 def test_what_stands_between_the_linears_takes_time_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,10 +10,12 @@ import torch
 from tiny import ENCODERS, HIDDEN, SIZES, batches, takes_positions, tiny
 from torch import Tensor, nn
 
+from optimum_stat import halted
 from optimum_stat.data import Batches
-from optimum_stat.families import Group, find_blocks, find_groups
+from optimum_stat.families import Group, find_blocks, find_groups, weight
+from optimum_stat.halted import room_for
 from optimum_stat.probes import on_consumer_input, quiet
-from optimum_stat.slicing import slice_group
+from optimum_stat.slicing import consumer_columns, set_weight, slice_group
 from optimum_stat.walk import BlockWalk
 
 PADDINGS = {"none": {"lengths": (9,) * 5}, "right": {}, "left": {"left": True}}
@@ -229,6 +231,81 @@ def test_a_block_is_left_once_the_last_group_was_seen_and_can_be_run_again() -> 
     assert len(runs) == len(walk.masks)
     handle.remove()
     _assert_clean(model)
+
+
+def _cut(group: Group, keep: Tensor) -> None:
+    slice_group(group, keep)
+    set_weight(group.consumer, 1.5 * weight(group.consumer))  # what a correction does
+
+
+def _corrected_walk(model: nn.Module, data: Batches, look: str) -> tuple[list[Tensor], Tensor, int]:
+    """All blocks, each exact group cut once it has been seen: (what was shown, what the last block makes, runs of blocks)."""
+    walk, shown, calls = BlockWalk(model, data), list[Tensor](), list[int]()
+    for index in range(len(walk.blocks)):
+        handle = walk.blocks[index].register_forward_pre_hook(lambda *_: calls.append(1))
+        for group in [each for each in find_groups(model) if each.block == index and not each.inexact and each.experts is None]:
+            keep = torch.arange(1, group.units)
+            if look == "run":
+                walk.run(index, [group], lambda _, z: shown.append(z))
+            else:
+                walk.halt(group, lambda _, z: shown.append(z), consumer_columns(group, keep))
+            _cut(group, keep)
+        walk.advance(index)
+        handle.remove()
+    hidden = [_real(value, mask) for value, mask in zip(walk.hidden, walk.masks, strict=True)]
+    return shown, torch.cat(hidden), len(calls)
+
+
+@pytest.mark.parametrize("family", [family for family in SIZES if family not in SHARED])
+def test_a_block_that_waits_shows_and_makes_the_same_and_runs_once(family: str) -> None:
+    models = [tiny(family, use_cache=False) for _ in range(2)]
+    data = _data(models[0], batches())
+    with quiet(models[0]), quiet(models[1]):
+        anew, waited = (_corrected_walk(model, data, look) for model, look in zip(models, ("run", "halt"), strict=True))
+    torch.testing.assert_close(waited[0], anew[0], rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(waited[1], anew[1], rtol=1e-5, atol=1e-6)
+    assert waited[2] == len(find_blocks(models[1])) * len(data), "each block once for each batch"
+    assert anew[2] > waited[2]
+    assert not any(group.consumer._forward_pre_hooks for group in find_groups(models[1]))
+
+
+def test_blocks_do_not_wait_where_they_would_hold_too_much_or_run_twice(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, again = tiny("bert"), tiny("bert")
+    waited = _corrected_walk(model, _data(model, batches()), "halt")[2]
+    monkeypatch.setattr(halted, "ROOM", 0)
+    assert _corrected_walk(again, _data(again, batches()), "halt")[2] == 3 * waited
+    heads, model = find_groups(again)[0], tiny("bert")
+    out, columns = weight(heads.consumer).shape
+    monkeypatch.setattr(halted, "ROOM", 4 * 10 * (columns + 6 * out))
+    assert [room_for(model, heads, tokens, 7) for tokens in (10, 11)] == [True, False]
+    model.set_attn_implementation("eager")
+    assert not room_for(model, heads, 10, 7)
+    monkeypatch.setattr(halted, "ROOM", 4 * 10 * (columns + 6 * out + heads.units * 7))
+    assert [room_for(model, heads, 10, scores) for scores in (7, 8)] == [True, False]
+    monkeypatch.undo()
+    model = tiny("albert", use_cache=False)
+    walk, shown = BlockWalk(model, _data(model, batches())), list[Tensor]()
+    group = find_groups(model)[0]
+    walk.halt(group, lambda _, z: shown.append(z), torch.arange(weight(group.consumer).shape[1]))
+    assert sum(map(len, shown)) == 2 * int(sum(mask.sum() for mask in walk.masks if mask is not None))
+
+
+def test_a_run_begins_anew_and_nothing_waits_after_an_error() -> None:
+    model = tiny("llama", use_cache=False)
+    walk, (heads, neurons, *_), shown = BlockWalk(model, _data(model, batches())), find_groups(model), list[Tensor]()
+    columns = torch.arange(weight(neurons.consumer).shape[1])
+    walk.halt(heads, lambda _, z: None, torch.arange(weight(heads.consumer).shape[1]))
+    set_weight(heads.consumer, torch.zeros_like(weight(heads.consumer)))
+    walk.halt(neurons, lambda _, z: shown.append(z), columns)
+    set_weight(heads.producers[0].linear, torch.zeros_like(weight(heads.producers[0].linear)))
+    walk.run(0, [neurons], lambda _, z: shown.append(z))
+    torch.testing.assert_close(shown[0], shown[1])
+    set_weight(neurons.producers[0].linear, torch.zeros_like(weight(neurons.producers[0].linear)))
+    with pytest.raises(KeyError):
+        walk.halt(neurons, lambda _, z: {}["of the visitor's"], columns)
+    _assert_clean(model)
+    walk.halt(neurons, lambda _, z: shown.append(z), columns)
+    assert not shown[2].any(), "not what waited before the error"
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
