@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 from .blocks import is_causal, reads_tokens_alone
 from .config import PruningConfig
@@ -64,8 +65,15 @@ def refuse_unprunable(model: nn.Module) -> None:
         raise ValueError(
             f"The model has adapters ({adapter or type(model).__name__}): merge them first, merge_and_unload() does."
         )
-    if hasattr(model, "_orig_mod"):
-        raise ValueError("A compiled model was passed: pass the one that was compiled, prune it, then compile the result.")
+    for name, module in model.named_modules():
+        if hasattr(module, "_orig_mod") or (name and getattr(module, "_compiled_call_impl", None)):
+            what = f"{name}, a part of the model, is compiled" if name else "A compiled model was passed"
+            raise ValueError(f"{what}: pass the one that was compiled, prune it, then compile the result.")
+        if isinstance(module, (nn.Linear, Conv1D)) and (hasattr(module, "parametrizations") or hasattr(module, "weight_orig")):
+            raise ValueError(
+                f"The weight of {name} is computed from others: make it an ordinary one first, as prune.remove and "
+                "parametrize.remove_parametrizations of torch.nn.utils do."
+            )
     if getattr(model, "is_quantized", False) or getattr(getattr(model, "config", None), "quantization_config", None):
         method = getattr(model, "quantization_method", None) or "an unknown method"
         raise ValueError(
@@ -73,6 +81,14 @@ def refuse_unprunable(model: nn.Module) -> None:
             "Load the unquantized model (or model.dequantize() where the method has it), prune it, then quantize the "
             "pruned model: the two compose in that order."
         )
+
+
+def refuse_unusable(pruner: type[Pruner[Any]], model: nn.Module, config: Any) -> None:
+    """Raise if the model cannot be pruned, or the configuration is not of this method."""
+    refuse_unprunable(model)
+    if not isinstance(config, pruner.config_class):
+        wanted = pruner.config_class.__name__
+        raise TypeError(f"config is a {type(config).__name__}; a {pruner.__name__} takes a {wanted}, such as {wanted}(keep=0.7).")
 
 
 def refuse_offloaded(pruner: Pruner[Any]) -> None:

@@ -9,11 +9,13 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
+import transformers
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from transformers.models.auto import modeling_auto
 
-from . import plots
+from . import plots, remote_code
 from .config import PruningConfig
-from .families import TASK_OF_HEAD, task_of_class
+from .families import task_of_class
 
 
 @dataclass(frozen=True)
@@ -188,11 +190,10 @@ def _spread(values: dict[str, float]) -> str:
 
 
 def _auto_class(architecture: str) -> str:
-    heads = {"LMHeadModel": "CausalLM"}
-    for head in TASK_OF_HEAD:
-        if architecture.endswith(head):
-            return f"AutoModelFor{heads.get(head, head)}"
-    return "AutoModel"
+    """What loads it: of transformers' Auto classes that make it the last, as the first are of no task; its own, without any."""
+    autos = {name: auto for name, auto in vars(modeling_auto).items() if name.startswith("AutoModel")}
+    known = [name for name, auto in autos.items() if architecture in remote_code.made_by(auto)]
+    return known[-1] if known else architecture if hasattr(transformers, architecture) else "AutoModel"
 
 
 def _notes(groups: list[dict[str, Any]]) -> list[str]:

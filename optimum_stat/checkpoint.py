@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import errno
 import json
 import shutil
@@ -19,7 +18,7 @@ from huggingface_hub import HfApi, get_token
 from huggingface_hub.errors import HfHubHTTPError, HTTPError  # the latter is that of its HTTP library, whichever it is
 from safetensors import SafetensorError
 from torch import nn
-from transformers import AutoConfig, AutoProcessor, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import MODEL_FOR_CTC_MAPPING, AutoConfig, AutoProcessor, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from . import card, remote_code
 from .blocks import find_blocks, modalities
@@ -195,7 +194,7 @@ def check_record(model: PreTrainedModel) -> None:
     if getattr(model.config, KEY) != sizes:
         raise ValueError("The model was changed after pruning: its sizes are not those of its record. Prune it anew.")
     with torch.device("meta"):
-        rebuilt = type(model)(copy.deepcopy(model.config))
+        rebuilt = type(model)(type(model.config).from_dict(model.config.to_dict()))
     wanted = {name: tuple(value.shape) for name, value in rebuilt.state_dict().items()}
     found = {name: tuple(value.shape) for name, value in model.state_dict().items()}
     wrong = sorted(name for name in wanted.keys() | found.keys() if wanted.get(name) != found.get(name))
@@ -212,6 +211,8 @@ def auto_class(path: str, task: str | None, shared: dict[str, Any]) -> Any:
     if task is not None:
         if task not in TASKS:
             raise ValueError(f"task={task!r} asked; known are {', '.join(TASKS)}.")
+        if task == "automatic-speech-recognition" and type(AutoConfig.from_pretrained(path, **shared)) in MODEL_FOR_CTC_MAPPING:
+            return transformers.AutoModelForCTC
         return getattr(transformers, TASKS[task])
     if shared.get("gguf_file"):
         return transformers.AutoModelForCausalLM

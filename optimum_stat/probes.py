@@ -160,7 +160,13 @@ def predictions(output: Any, mask: Tensor | None) -> list[Prediction]:
         return [Prediction(output[name], mask, "over tokens") for name in ("start_logits", "end_logits")]
     if "image_embeds" in output and "text_embeds" in output:
         return [Prediction(output[name], None, "values") for name in ("image_embeds", "text_embeds")]
-    value = output["logits"] if "logits" in output else output["last_hidden_state"]
+    name = next((name for name in ("logits", "last_hidden_state") if name in output), None)
+    if name is None:
+        raise ValueError(
+            f"The model returns {', '.join(output)}; what it predicts is sought in logits or last_hidden_state. Prune the model "
+            "without this head, or with another."
+        )
+    value = output[name]
     kind = "logits" if "logits" in output and value.shape[-1] > 1 else "values"
     return [Prediction(value, mask if value.dim() == 3 else None, kind)]
 

@@ -79,7 +79,7 @@ class Pruner(ABC, Generic[C]):
         While somebody else holds the model, its old weights are kept until pruning has succeeded, to put them back if it
         does not; that needs memory for a second model.
         """
-        calibration.refuse_unprunable(model)
+        calibration.refuse_unusable(type(self), model, config)
         find_groups(model, config.structures)  # an unknown family is refused here, before any data is read
         self._model: PreTrainedModel | None = model
         self.config, self.tokenizer, self.source = config, tokenizer, source

@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from importlib import resources
 from pathlib import Path
+from typing import Any
 
 from transformers import PreTrainedModel
 from transformers.models.auto import modeling_auto
@@ -61,6 +62,12 @@ def _auto_classes(model: PreTrainedModel) -> dict[str, str]:
             chosen = mapping[type(model.config)]
             found[auto] = (chosen[0] if isinstance(chosen, (tuple, list)) else chosen).__name__
     return found or {"AutoModel": type(model).__name__}
+
+
+def made_by(auto: Any) -> set[str]:
+    """The names of transformers' classes that an Auto class makes."""
+    mapping = getattr(getattr(auto, "_model_mapping", None), "_model_mapping", {})
+    return {name for own in mapping.values() for name in (own if isinstance(own, (tuple, list)) else [own])}
 
 
 def _source(name: str) -> str:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from .anatomy import at, attentions, is_linear
+from .blocks import reads_tokens_alone
 from .experts import set_aside
 from .families import Group, applications_of, find_blocks, find_groups, weight
 from .family_table import LAYER_INDEX, PER_HEAD
@@ -60,8 +61,23 @@ def find_stream(model: Any) -> Stream:
     read, reader = _read(model, after, {width, model.config.hidden_size})
     axes += read
     _refuse_others(blocks, axes, width)
-    tied = reader is not None and reader.weight is model.get_input_embeddings().weight
+    tied = reader is not None and reader.weight is getattr(_embedding(model), "weight", None)
     return Stream(width, tuple(dict.fromkeys(axes)), tuple(_sites(groups)), reader, tied)
+
+
+def check_stream(model: Any, narrows: bool) -> None:
+    """Raise if the model has no one stream, or one that cannot have fewer dimensions, if that is asked."""
+    stream = find_stream(model)
+    if narrows and stream.reader is None:
+        raise ValueError(
+            f"'hidden' asked of a {type(model).__name__}, which has no head that reads its residual stream as it is: fewer "
+            "dimensions would be another output. Prune the model with such a head, or leave 'hidden' out."
+        )
+    if narrows and not reads_tokens_alone(model):
+        raise ValueError(
+            f"'hidden' asked of a {type(model).__name__}: where its residual stream begins, in what reads images or sound, its "
+            "dimensions cannot be cut. Leave 'hidden' out."
+        )
 
 
 @torch.no_grad()
@@ -111,6 +127,15 @@ def shorten(model: Any, keep: list[int]) -> None:
                     setattr(module, name, index)
     blocks._modules = {str(index): block for index, block in enumerate(own)}  # a new dict: the old one may be put back
     config.num_hidden_layers = len(own)
+    _name_stages(config)
+
+
+def _name_stages(config: Any) -> None:
+    """Of a backbone, the last of which is what other models read, as many as there are layers."""
+    if hasattr(config, "stage_names"):
+        count = config.num_hidden_layers
+        config.stage_names = ["stem", *(f"stage{index + 1}" for index in range(count))]
+        config._out_features, config._out_indices = [config.stage_names[-1]], [count]
 
 
 def without_weights(model: Any, blocks: list[int], keep: Tensor | None = None) -> Any:
@@ -123,6 +148,14 @@ def without_weights(model: Any, blocks: list[int], keep: Tensor | None = None) -
     if keep is not None:
         narrow(small, keep)
     return small
+
+
+def _embedding(model: Any) -> nn.Module | None:
+    """Of tokens; models of images and sound say that they have none, or give another module."""
+    try:
+        return model.get_input_embeddings()
+    except (AttributeError, NotImplementedError):
+        return None
 
 
 def _inputs(linear: nn.Module) -> Axis:

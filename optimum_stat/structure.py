@@ -40,7 +40,7 @@ def describe(model: Any) -> dict[str, Any]:
     With the width of the residual stream, if it is not `config.hidden_size`. Dropped blocks need no record: the config has
     as many layers as are left.
     """
-    return _describe(find_groups(model), model.config, counts(model))
+    return _describe(find_groups(model), find_stacks(model)[0].config, counts(model))
 
 
 def _describe(groups: list[Group], config: Any, experts: list[int]) -> dict[str, Any]:

@@ -30,7 +30,7 @@ from .probes import real_rows
 from .report import GroupReport, Lines
 from .routers import Mixture, fewest, find_mixtures, keep_experts, split
 from .slicing import Plan
-from .stream import Stream, find_stream, shorten, without_weights
+from .stream import Stream, check_stream, find_stream, shorten, without_weights
 from .walk import BlockWalk
 
 if TYPE_CHECKING:
@@ -174,11 +174,8 @@ def smallest(structures: Sequence[str], currency: Currency) -> Currency:
     """
     if not structures:
         return currency
-    if HIDDEN in structures and find_stream(currency.model).reader is None:
-        raise ValueError(
-            f"'hidden' asked of a {type(currency.model).__name__}, which has no head: its residual stream is what it gives, and "
-            "fewer dimensions would be another output. Prune the model with its head, or leave 'hidden' out."
-        )
+    if {LAYERS, HIDDEN} & {*structures}:
+        check_stream(currency.model, narrows=HIDDEN in structures)
     least: dict[str, Tensor] = {}
     if EXPERTS in structures:
         refuse_without(currency.model)

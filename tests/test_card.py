@@ -15,8 +15,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
+import transformers
 from huggingface_hub import ModelCard
-from tiny import batches, tiny
+from tiny import ROWS, batches, tiny
 
 from optimum_stat import (
     FisherConfig,
@@ -149,6 +151,11 @@ def test_the_command_in_the_card_asks_for_the_same_configuration(folder: Path, c
         ("roberta", "QuestionAnswering", "AutoModelForQuestionAnswering", "question-answering"),
         ("electra", "TokenClassification", "AutoModelForTokenClassification", "token-classification"),
         ("gpt2", "CausalLM", "AutoModelForCausalLM", "text-generation"),
+        ("bart", "Seq2SeqLM", "AutoModelForSeq2SeqLM", "text2text-generation"),
+        ("whisper", "SpeechSeq2Seq", "AutoModelForSpeechSeq2Seq", "automatic-speech-recognition"),
+        ("wav2vec2", "CTC", "AutoModelForCTC", "automatic-speech-recognition"),
+        ("clip", "", "AutoModelForZeroShotImageClassification", "zero-shot-image-classification"),
+        ("clip_text_model", "", "AutoModel", "feature-extraction"),
     ],
 )
 def test_every_head_is_loaded_by_its_own_class(folder: Path, family: str, head: str, auto: str, task: str):
@@ -159,6 +166,31 @@ def test_every_head_is_loaded_by_its_own_class(folder: Path, family: str, head: 
     assert ModelCard(card).data.pipeline_tag == task
     assert "## Measured" not in card
     assert "base_model" not in ModelCard(card).data.to_dict()
+
+
+@pytest.mark.parametrize("family", ROWS)
+def test_what_a_card_loads_with_makes_the_model(folder: Path, family: str):
+    model = tiny(family)
+    recipe = recipe_of(folder) | {"architecture": type(model).__name__}
+    (auto,) = re.findall(r"\nmodel = (\w+)\.from_pretrained", render(recipe, "me/small", PAPERS["stat"]))
+    with torch.device("meta"):
+        assert type(getattr(transformers, auto).from_config(model.config)) is type(model)
+
+
+@pytest.mark.parametrize(
+    ("name", "loaded_by"),
+    [
+        ("T5EncoderModel", "AutoModelForTextEncoding"),
+        ("Wav2Vec2ForAudioFrameClassification", "AutoModelForAudioFrameClassification"),
+        ("T5ForTokenClassification", "AutoModelForTokenClassification"),
+        ("WhisperForCausalLM", "AutoModelForCausalLM"),
+        ("Dinov2Backbone", "Dinov2Backbone"),
+        ("ModelOfTheirOwn", "AutoModel"),
+    ],
+)
+def test_rare_heads_are_loaded_by_what_there_is(folder: Path, name: str, loaded_by: str):
+    card = render(recipe_of(folder) | {"architecture": name}, "me/small", PAPERS["stat"])
+    assert f"\nmodel = {loaded_by}.from_pretrained(" in card
 
 
 @pytest.mark.parametrize("source", ["/home/me/models/bert", "./bert", "../models/bert", "a/b/model.gguf"])

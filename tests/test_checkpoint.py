@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from hub_server import Commit, HubServer, Repo
-from tiny import batches, outputs, tiny
+from tiny import batches, data_of, outputs, tiny
 from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, PreTrainedTokenizerFast
 
 from optimum_stat import STATConfig, STATPruner
@@ -145,6 +145,25 @@ def test_a_head_checkpoint_with_another_head_and_task(folder: Path):
     assert type(STATPruner.from_pretrained(folder, task="feature-extraction").model).__name__ == "LlamaModel"
     with pytest.raises(ValueError, match=r"task='chess' asked; known are audio-classification, .*, token-classification"):
         STATPruner.from_pretrained(folder, task="chess")
+
+
+def test_speech_is_recognised_by_two_kinds_of_heads(tmp_path: Path):
+    for family in ("wav2vec2", "whisper"):
+        tiny(family).save_pretrained(tmp_path / family)
+        pruner = STATPruner.from_pretrained(tmp_path / family, task="automatic-speech-recognition")
+        assert type(pruner.model) is type(tiny(family))
+
+
+@pytest.mark.parametrize("family", ["clip", "siglip"])
+def test_one_tower_with_a_head(family: str, tmp_path: Path):
+    """Its config has both, and no width of its own."""
+    model = tiny(family, "ImageClassification")
+    data = [{"pixel_values": batch["pixel_values"]} for batch in data_of(family, 8, 2)]
+    pruner = STATPruner.from_pretrained(model, STATConfig(keep=0.6))
+    pruner.prune(data)
+    pruner.save_pretrained(tmp_path / "small")
+    again = type(model).from_pretrained(tmp_path / "small")
+    assert torch.equal(outputs(again, data[0]), outputs(model, data[0]))
 
 
 def test_an_architecture_that_transformers_does_not_have(folder: Path):

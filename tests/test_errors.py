@@ -6,6 +6,7 @@ import logging
 import os
 import resource
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +16,11 @@ from datasets import Dataset, DatasetDict
 from test_checkpoint import tokenizer
 from tiny import batches, many, outputs, tiny
 from torch import Tensor
+from torch.nn.utils import parametrizations, prune
 from transformers import PreTrainedModel
 
-from optimum_stat import STATConfig, STATPruner
-from optimum_stat.families import find_groups
+from optimum_stat import FisherConfig, STATConfig, STATPruner
+from optimum_stat.families import find_blocks, find_groups
 
 TEXT = ["w5 w6 w7 w8 w9"] * 8
 
@@ -86,6 +88,34 @@ def test_models_with_adapters_and_compiled_ones():
     STATPruner.from_pretrained(adapted.merge_and_unload(), STATConfig(keep=0.6)).prune(batches())
     with pytest.raises(ValueError, match="compiled model was passed: pass the one that was compiled"):
         STATPruner.from_pretrained(torch.compile(tiny("bert")), STATConfig())
+    parts = tiny("bert"), tiny("llama")
+    parts[0].base_model.encoder = torch.compile(parts[0].base_model.encoder)
+    find_blocks(parts[1])[1].compile()
+    for model in parts:
+        with pytest.raises(ValueError, match="a part of the model, is compiled"):
+            STATPruner.from_pretrained(model, STATConfig())
+
+
+def test_weights_that_are_computed_from_others():
+    for change in (parametrizations.weight_norm, partial(prune.identity, name="weight")):
+        model = tiny("llama")
+        change(find_groups(model)[1].consumer)
+        with pytest.raises(ValueError, match=r"The weight of .*0\.mlp\.down_proj is computed from others"):
+            STATPruner.from_pretrained(model)
+
+
+def test_a_configuration_of_another_method():
+    for config, name in ((FisherConfig(), "FisherConfig"), ({"keep": 0.5}, "dict")):
+        with pytest.raises(TypeError, match=f"config is a {name}; a STATPruner takes a STATConfig"):
+            STATPruner.from_pretrained(tiny("bert"), config)
+
+
+def test_a_head_that_predicts_something_unknown():
+    class Odd(type(tiny("bert", ""))):
+        def forward(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
+            return {"scores": super().forward(*args, **kwargs).last_hidden_state}
+
+    refuse("The model returns scores; what it predicts is sought in logits", many(), Odd(tiny("bert", "").config).eval())
 
 
 def test_unknown_settings():

@@ -12,7 +12,7 @@ import pytest
 import torch
 from test_methods import pruner_for
 from test_probes import _data
-from tiny import batches, many, one_in_three, outputs, tiny
+from tiny import batches, data_of, many, one_in_three, outputs, tiny
 from torch import Tensor, nn
 
 from optimum_stat import FisherConfig, MovementConfig, STATConfig, STATPruner, SurgeonConfig, calibration, trunk
@@ -232,3 +232,29 @@ def test_the_command_that_a_card_names_asks_for_the_structures(tmp_path):
     add_config_options(parser)
     args = parser.parse_args(["--structures", flags])
     assert given_config(args)["structures"] == ("neurons", "hidden")
+
+
+@pytest.mark.parametrize("family", ["vit", "dinov2", "wav2vec2"])
+def test_layers_of_what_reads_images_or_sound(family: str, tmp_path):
+    pruner = STATPruner.from_pretrained(tiny(family), STATConfig(keep=0.6, structures=("layers",)))
+    model = pruner.prune(data_of(family, 8, 2))
+    assert len(find_blocks(model)) == 1
+    pruner.save_pretrained(tmp_path / "small")
+    again = type(model).from_pretrained(tmp_path / "small")
+    (batch, *_) = data_of(family)
+    assert torch.equal(outputs(again, batch), outputs(model, batch))
+
+
+@pytest.mark.parametrize(
+    ("family", "structures", "message"),
+    [
+        ("bart", ("layers",), "several lists of blocks"),
+        ("clip", ("heads", "hidden"), "several lists of blocks"),
+        ("vit", ("hidden",), "'hidden' asked of a ViTForImageClassification: where its residual stream begins"),
+        ("wav2vec2", ("hidden",), "'hidden' asked of a Wav2Vec2ForCTC: where"),
+        ("dinov2", ("hidden",), "which has no head that reads its residual stream as it is"),
+    ],
+)
+def test_streams_that_cannot_be_cut_are_refused(family: str, structures: tuple[str, ...], message: str):
+    with pytest.raises(ValueError, match=message):
+        STATPruner.from_pretrained(tiny(family), STATConfig(keep=0.6, structures=structures)).prune(data_of(family))
