@@ -112,6 +112,12 @@ def is_causal(model: Any) -> bool:
     return stack_is_causal(model, find_stacks(model)[-1])
 
 
+def lacks_padding(model: Any) -> bool:
+    """Whether it is a decoder that classifies an example by its last token, and does not know what follows that."""
+    reads_last = type(model).__name__.endswith("ForSequenceClassification") and reads_tokens_alone(model) and is_causal(model)
+    return reads_last and getattr(model.config.get_text_config(), "pad_token_id", None) is None
+
+
 def stack_is_causal(model: Any, stack: Stack) -> bool:
     """The same, of one stack."""
     known = family_of(model).causal

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from .blocks import is_causal, reads_tokens_alone
+from .blocks import is_causal, lacks_padding, reads_tokens_alone
 from .config import PruningConfig
 from .data import Batches, make_batches
 from .families import task_of
@@ -45,6 +45,11 @@ def read(
         raise ValueError(f"label_column={label_column!r} asked, but {pruner.method} with this config reads no labels.")
     asked: dict[str, Any] = {"labels_for": None if use == "none" else model, "labels_needed": use == "data"}
     asked |= {"text_columns": text_columns, "label_column": label_column}
+    if lacks_padding(model) and config.batch_size > 1:
+        raise ValueError(
+            f"A {type(model).__name__} finds the end of an example by config.pad_token_id, and has none: set it to the id that "
+            "its texts will be padded with (the tokenizer's pad_token_id), or ask for batch_size=1."
+        )
     if reads_tokens_alone(model):
         causal = is_causal(model) and task_of(model) in ("text-generation", "feature-extraction")
         batches = make_batches(dataset, model.config, config, causal=causal, tokenizer=pruner.tokenizer, **asked)

@@ -31,8 +31,11 @@ def load(name: str | None, config_name: str | None, split: str | None, *, stream
         return _bundled(split or ("test" if for_evaluation else "train"))
     check(name)
     path = Path(name)
+    if config_name is not None and path.exists() and not (path.is_dir() and not (path / "state.json").is_file()):
+        raise ValueError(f"--dataset-config {config_name} asked, but {name} is one dataset, which has no configurations.")
     if path.is_dir() and (path / "state.json").is_file():  # what Dataset.save_to_disk writes
-        found = datasets.load_from_disk(name)
+        found = _part(datasets.load_from_disk(name), name, split)
+        found = found.to_iterable_dataset() if streaming else found
     else:
         file = {"data_files": name} if path.is_file() else {}
         source, kind = (FILES[path.suffix.lower()], None) if file else (name, config_name)
@@ -44,6 +47,20 @@ def load(name: str | None, config_name: str | None, split: str | None, *, stream
             raise ValueError(f"--dataset {name} cannot be read: {error.__cause__ or str(error) or 'it is empty'}") from error
     found.info.dataset_name = path.name if path.exists() else name  # without the folder: it ends in the model card
     return found
+
+
+def _part(saved: Any, name: str, split: str | None) -> Any:
+    """What a split such as "train[:100]" takes of the one split that was saved."""
+    if split is None:
+        return saved
+    import datasets
+
+    own = str(saved.split or "train")
+    try:
+        (part,) = datasets.ReadInstruction.from_spec(split).to_absolute({own: len(saved)})
+    except ValueError:
+        raise ValueError(f"--split {split} asked, but {name} holds {own} alone: {own}, {own}[:100], {own}[50%:] ...") from None
+    return saved.select(range(part.from_, part.to))
 
 
 def dataset(args: Any, *, for_evaluation: bool) -> Any:

@@ -102,6 +102,8 @@ def make_batches(
         raise ValueError(f"The dataset has no tokens to calibrate on: {rows.read} rows read, all of them empty.")
     if (getattr(text_config, "type_vocab_size", None) or 0) < 2:  # the model refuses token types, or has no second one
         items = [{key: value for key, value in item.items() if key != "token_type_ids"} for item in items]
+    if not rows.masked and not rows.kind.startswith("string"):
+        _warn_of_padding(items, pad_id_of(tokenizer, text_config))
     if rows.kind != "ready batches":
         items = _pad(items, config.batch_size, pad_id_of(tokenizer, text_config))
     names = [name for name in LABELS if name in items[0]]
@@ -252,10 +254,25 @@ def _cut(stream: Iterable[list[int]], length: int, before: Sequence[int] = ()) -
 
 
 def pad_id_of(tokenizer: Any, text_config: Any) -> int:
-    """What to pad with: the mask hides it, but the model looks it up, and a tokenizer may have added it on its own."""
-    known = (None if tokenizer is None else tokenizer.pad_token_id, getattr(text_config, "pad_token_id", None))
+    """What to pad with: the mask hides it, but the model looks it up, and decoders that classify find an example's end by it.
+
+    Their config says by which; a tokenizer may have another, that somebody gave it.
+    """
+    known = (getattr(text_config, "pad_token_id", None), None if tokenizer is None else tokenizer.pad_token_id)
     vocab_size = getattr(text_config, "vocab_size", None) or 1
     return next((pad for pad in known if pad is not None and 0 <= pad < vocab_size), 0)
+
+
+def _warn_of_padding(items: list[dict[str, Tensor]], pad_id: int) -> None:
+    """Of token ids that came without a mask: two tokens for padding at an end are no text."""
+    all_ids = [item["input_ids"] for item in items if item["input_ids"].shape[1] > 2]
+    padded = sum(int(((ids[:, :2] == pad_id).all(1) | (ids[:, -2:] == pad_id).all(1)).sum()) for ids in all_ids)
+    if padded:
+        logger.warning(
+            "%s of %s examples begin or end in the token for padding, %s, and are calibrated on with it, for there is no mask: "
+            "pass attention_mask.",
+            *(f"{count:,}" for count in (padded, sum(len(item["input_ids"]) for item in items), pad_id)),
+        )
 
 
 def _pad(examples: list[dict[str, Tensor]], batch_size: int, pad_id: int) -> list[dict[str, Tensor]]:

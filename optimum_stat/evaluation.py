@@ -16,9 +16,10 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils.logging import tqdm
 
+from .blocks import lacks_padding
 from .budget import model_cost
 from .config import PruningConfig
-from .data import SEQ_LEN, Batches, make_batches
+from .data import SEQ_LEN, Batches, make_batches, pad_id_of
 from .families import find_groups, task_of
 from .labels import COLUMNS as LABEL_COLUMNS
 from .labels import class_ids
@@ -240,13 +241,15 @@ def _labelled(data: Data) -> tuple[list[tuple[str, ...]], list[Any], list[str] |
 
 def _encoded(model: Any, tokenizer: Any, texts: Sequence[tuple[str, ...]], config: PruningConfig) -> list[dict[str, Tensor]]:
     """Padded batches in the order of the texts."""
-    size = config.batch_size if tokenizer.pad_token is not None else 1
+    size = config.batch_size if tokenizer.pad_token is not None and not lacks_padding(model) else 1
     accepted = inspect.signature(model.forward).parameters
     seq_len, batches = _seq_len(model, tokenizer, config), []
     for start in range(0, len(texts), size):
         columns = [list(column) for column in zip(*texts[start : start + size], strict=True)]
         how = {"padding": size > 1, "truncation": True, "max_length": seq_len, "padding_side": "right"}
         encoded = tokenizer(*columns, return_tensors="pt", **how)
+        padding = encoded["attention_mask"] == 0
+        encoded["input_ids"][padding] = pad_id_of(tokenizer, model.config.get_text_config())
         batches.append({name: value for name, value in encoded.items() if name in accepted})
     if batches:
         return batches

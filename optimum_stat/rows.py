@@ -10,7 +10,7 @@ import torch
 from datasets import ClassLabel, Dataset, DatasetDict, IterableDataset, IterableDatasetDict, Value
 from torch import Tensor
 
-from .labels import Labels, find_labels
+from .labels import POSITIONS, Labels, find_labels
 
 PAIRS = "sentence1 sentence2, premise hypothesis, question1 question2, text_a text_b, question sentence, question context"
 SINGLES = "sentence, content, document"
@@ -34,7 +34,7 @@ class Rows:
         labels_for: Any = None,
         label_column: str | None = None,
     ) -> None:
-        self.read, self.kind, self.name = 0, "", ""
+        self.read, self.kind, self.name, self.masked = 0, "", "", False
         self.columns: tuple[str, ...] = ()
         self.all_columns: tuple[str, ...] = ()
         self.labels: Labels | None = None
@@ -44,7 +44,8 @@ class Rows:
             info, split = dataset.info, dataset.split and f"split {dataset.split}"
             name = (info.dataset_name or info.builder_name, info.config_name, split)
             self.name = ", ".join(part for part in name if part and part != "default")
-            if dataset.features and (isinstance(dataset, IterableDataset) or len(dataset)):  # unknown for some streams
+            dataset, own = _as_stored(dataset)
+            if own and dataset.features and (isinstance(dataset, IterableDataset) or len(dataset)):  # unknown for some streams
                 types = {k: f.dtype if isinstance(f, Value) else type(f).__name__ for k, f in dataset.features.items()}
                 self.columns, self.all_columns = _input_columns(types, self._asked), tuple(types)
                 names = {k: f.names for k, f in dataset.features.items() if isinstance(f, ClassLabel)}
@@ -74,6 +75,8 @@ class Rows:
                 raise ValueError(f"Row {self.read} is of another kind ({_kind(converted)}) than row 0 ({self.kind}).")
             apart = self.labels is not None and not self.labels.per_token
             labels = self.labels.read(row, f"Row {self.read}") if self.labels and apart else {}
+            if labels and self.kind == "tokenized rows" and "attention_mask" in row:
+                labels = _moved(labels, torch.as_tensor(row["attention_mask"]), f"Row {self.read}")
             examples = len(converted["input_ids"]) if isinstance(converted, dict) and self.kind == "ready batches" else 1
             for name, value in labels.items():
                 if len(value) != examples:
@@ -97,6 +100,7 @@ class Rows:
         self.columns = self.columns or _input_columns({k: type(v).__name__ for k, v in row.items()}, self._asked)
         if "input_ids" not in self.columns:
             return _texts(row, self.columns, f"Row {self.read}")
+        self.masked |= "attention_mask" in row
         here = dict.fromkeys((*self.columns, *({"attention_mask"} & row.keys())))  # maybe not every row has a mask
         if self.labels is None or not self.labels.per_token:
             return tensors(row, tuple(here), f"Row {self.read}")
@@ -132,12 +136,26 @@ def collection(dataset: Any, batch_size: int) -> Iterable[Any]:
         return [dataset]
     if isinstance(dataset, Tensor) and dataset.dim() == 2:
         return torch.split(dataset, batch_size)
+    if isinstance(dataset, torch.utils.data.DataLoader):  # batches of texts; those of tensors are ready
+        return (row for batch in dataset for row in (batch if _are_texts(batch) else [batch]))
     if isinstance(dataset, torch.utils.data.Dataset) and not isinstance(dataset, Iterable):
         return (dataset[i] for i in range(len(dataset)))  # type: ignore[arg-type]  # map-style datasets have a length
     refused = isinstance(dataset, (str, bytes, Mapping, Tensor)) or type(dataset).__name__ == "DataFrame"
     if refused or not isinstance(dataset, Iterable):
         raise TypeError(f"The dataset is a {type(dataset).__name__}, not a collection of examples. {REMEDY}")
     return dataset
+
+
+def _are_texts(batch: Any) -> bool:
+    return isinstance(batch, list) and all(isinstance(each, str) for each in batch)
+
+
+def _as_stored(dataset: Any) -> tuple[Any, bool]:
+    """Without its format, but for the columns that this shows; and whether its features say what its rows are."""
+    if isinstance(dataset, IterableDataset) or dataset.format["type"] == "custom":  # somebody's function makes the rows
+        return dataset, isinstance(dataset, IterableDataset)
+    shown = dataset.column_names if dataset.format["output_all_columns"] else dataset.format["columns"]
+    return dataset.with_format(None).select_columns(shown), True
 
 
 def _texts(row: Mapping[str, Any], columns: Sequence[str], where: str) -> tuple[str, ...]:
@@ -160,9 +178,21 @@ def tensors(row: Mapping[str, Any], columns: Sequence[str], where: str) -> dict[
     if not fits or (ids.is_floating_point() and ids.numel()):
         found = ", ".join(f"{key} {list(tensor.shape)} {tensor.dtype}" for key, tensor in result.items())
         raise ValueError(f"{where} has {found}; expected integers of one shape, [length] or [examples, length].")
+    if bool((mask != result["attention_mask"]).any()):
+        raise ValueError(f"{where} has an attention_mask with other numbers than 1, for real tokens, and 0, for padding.")
     if ids.dim() == 1:  # one example: positions are counted anew once it is cut and padded
         result = {key: tensor[mask] for key, tensor in result.items() if key != "position_ids"}
     return {key: tensor.cpu().long() for key, tensor in result.items()}
+
+
+def _moved(labels: dict[str, Tensor], mask: Tensor, where: str) -> dict[str, Tensor]:
+    """Positions of an answer, once padding before it is cut away."""
+    for name in {*POSITIONS} & labels.keys():
+        at = int(labels[name])
+        if 0 <= at < len(mask) and not mask[at]:
+            raise ValueError(f"{where} has {name} {at}, which is padding by its attention_mask.")
+        labels = labels | {name: labels[name] - (mask[: max(at, 0)] == 0).sum()}
+    return labels
 
 
 def _kind(row: tuple[str, ...] | dict[str, Tensor]) -> str:

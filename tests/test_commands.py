@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import re
 import shlex
 import shutil
 import signal
@@ -165,6 +166,28 @@ def test_every_kind_of_file_is_the_same_data(
     assert report["data"].startswith(f"{name}, split train" if name != "folder" else name)
     tokens = sum(2 + len(" ".join(WORDS[i % 7 : 9 + i % 11]).split()) for i in range(20))
     assert report["num_tokens"] == tokens
+
+
+def test_a_saved_dataset_has_one_split(data: dict[str, str], capsys: pytest.CaptureFixture[str]) -> None:
+    from optimum_stat import command_data
+
+    def load(split: str | None, config: str | None = None, streaming: bool = False) -> Any:
+        return command_data.load(data["folder"], config, split, streaming=streaming, for_evaluation=True)
+
+    whole = load(None)["sentence"]
+    assert [list(load(split)["sentence"]) for split in ("train", "train[:10]", "train[50%:]")] == [
+        list(whole),
+        list(whole[:10]),
+        list(whole[20:]),
+    ]
+    assert [row["sentence"] for row in load("train[3:5]", streaming=True)] == whole[3:5]
+    for split in ("validation", "train+train", "train[a"):
+        with pytest.raises(ValueError, match=re.escape(f"--split {split} asked, but {data['folder']} holds train alone")):
+            load(split)
+    with pytest.raises(ValueError, match="--dataset-config german asked"):
+        load(None, "german")
+    with pytest.raises(ValueError, match="--dataset-config german asked"):
+        command_data.load(data["data.csv"], "german", None, streaming=False, for_evaluation=False)
 
 
 def test_options_reach_the_configuration(folders: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

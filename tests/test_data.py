@@ -597,3 +597,58 @@ def test_real_tokenizer() -> None:
     ]
     long = encode(["word " * 2000], tokenizer=tokenizer, model=model)  # its tokenizer.json asks for 128
     assert (long.num_tokens, long.items[0]["input_ids"].shape) == (512, (1, 512))
+
+
+# --- formats, loaders and masks -------------------------------------------------------------------------------------
+
+
+def test_what_a_format_shows_is_what_is_read() -> None:
+    rows = [{"sentence": sentence(4 + i), **ENCODER(sentence(4 + i)), "label": 0} for i in range(3)]
+    dataset = Dataset.from_list(rows)
+    expected = real(encode([row["sentence"] for row in rows]))
+    shown = ["input_ids", "attention_mask"]
+    for form in (
+        dataset.with_format("torch", columns=shown),
+        dataset.with_format("numpy", columns=shown, output_all_columns=True),
+        dataset.with_format("pandas"),
+        dataset.with_format("torch", columns=["sentence"]),
+        dataset.with_format(None, columns=["sentence"]),
+        dataset.select_columns(["sentence"]).with_transform(lambda batch: ENCODER(batch["sentence"])),
+    ):
+        assert real(encode(form)) == expected
+    assert "token_type_ids" not in encode(dataset.with_format("torch", columns=shown)).items[0]
+    assert dataset.with_format("pandas").format["type"] == "pandas"
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 5])
+def test_texts_of_a_loader_are_texts_not_pairs(batch_size: int) -> None:
+    texts = [sentence(4 + i) for i in range(6)]
+    assert real(encode(torch.utils.data.DataLoader(texts, batch_size=batch_size))) == real(encode(texts))
+    ready = [{name: torch.tensor(value) for name, value in ENCODER(text).items()} for text in texts[:1] * 4]
+    assert real(encode(torch.utils.data.DataLoader(ready, batch_size=batch_size))) == real(encode(texts[:1] * 4))
+
+
+def test_a_mask_says_yes_or_no() -> None:
+    row = {"input_ids": [5, 6, 7], "attention_mask": [0.0, 0.0, -10_000.0]}
+    for rows in ([row], [{name: torch.tensor([value]) for name, value in row.items()}]):
+        with pytest.raises(ValueError, match="Row 0 has an attention_mask with other numbers than 1"):
+            encode(rows)
+    assert real(encode([row | {"attention_mask": [True, True, False]}])) == [[5, 6]]
+
+
+def test_padding_without_a_mask_is_told(caplog: pytest.LogCaptureFixture) -> None:
+    rows = [
+        {"input_ids": [5, 6, PAD, PAD]},
+        {"input_ids": [PAD, PAD, 7]},
+        {"input_ids": [5, PAD, PAD, 6]},
+        {"input_ids": [5, PAD]},
+    ]
+    encode(rows)
+    assert "2 of 4 examples begin or end in the token for padding, 0," in caplog.text
+    caplog.clear()
+    encode([{"input_ids": torch.tensor([[5, 6, PAD, PAD], [5, 6, 7, 8]])}])
+    assert "1 of 2 examples" in caplog.text
+    caplog.clear()
+    encode([row | {"attention_mask": [1] * len(row["input_ids"])} for row in rows])
+    encode(rows[2:])
+    assert "padding" not in caplog.text

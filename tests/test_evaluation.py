@@ -18,10 +18,11 @@ from transformers import (
     BertModel,
     LlamaConfig,
     LlamaForCausalLM,
+    LlamaForSequenceClassification,
     PreTrainedTokenizerFast,
 )
 
-from optimum_stat import evaluation, squad
+from optimum_stat import STATConfig, STATPruner, evaluation, squad
 from optimum_stat.data import make_batches
 from optimum_stat.evaluation import Data, data_config, measure
 
@@ -104,6 +105,30 @@ def test_masked_prediction_counts_the_masked_tokens_only() -> None:
     found = measure(model, own, data).metrics
     assert found["masked_lm_loss"] == pytest.approx(sum(losses) / len(losses), rel=1e-4)
     assert found["accuracy"] == pytest.approx(sum(right) / len(right))
+
+
+@pytest.mark.parametrize("pad", [0, 7, None])
+def test_a_decoder_finds_the_end_of_an_example_by_its_own_padding(pad: int | None) -> None:
+    """Whatever the tokenizer pads with; what has none is given one example at a time."""
+    config = LlamaConfig(
+        vocab_size=45, max_position_embeddings=64, num_labels=3, pad_token_id=pad, initializer_range=0.5, **SIZES
+    )
+    torch.manual_seed(0)
+    model = LlamaForSequenceClassification(config).eval()
+    texts = [text(3 + 5 * (i % 7)).replace("w2", "w3") for i in range(30)]  # no word that is padding
+    labels = [int(one(model, each).logits.argmax()) for each in texts]
+    data = Data(Dataset.from_dict({"text": texts, "label": labels}), data_config(batch_size=8))
+    assert measure(model, tokenizer(), data).metrics["accuracy"] == 1
+    pruner = STATPruner.from_pretrained(model, STATConfig(keep=0.6, batch_size=8), tokenizer=tokenizer())
+    if pad is None:
+        with pytest.raises(ValueError, match="finds the end of an example by config"):
+            pruner.prune(texts)
+    else:
+        (batch, *_) = make_batches(texts, config, data_config(batch_size=8), causal=False, tokenizer=tokenizer())
+        whole = model(**batch).logits
+        for row, mask in enumerate(batch["attention_mask"]):
+            alone = model(input_ids=batch["input_ids"][row : row + 1, : int(mask.sum())]).logits
+            torch.testing.assert_close(whole[row : row + 1], alone, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("num_labels", [2, 3])

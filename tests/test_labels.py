@@ -153,6 +153,18 @@ def test_positions_of_answers() -> None:
     }
 
 
+def test_positions_of_answers_behind_padding() -> None:
+    model = tiny("bert", "QuestionAnswering")
+    left = {"input_ids": [0, 0, 5, 6, 7], "attention_mask": [0, 0, 1, 1, 1], "start_positions": 3, "end_positions": 4}
+    right = {"input_ids": [5, 6, 7, 0, 0], "attention_mask": [1, 1, 1, 0, 0], "start_positions": 1, "end_positions": 2}
+    found = read([left, right], model).labels
+    assert found is not None
+    assert {name: value.tolist() for name, value in found[0].items()} == {"start_positions": [1, 1], "end_positions": [2, 2]}
+    for wrong in (left | {"start_positions": 1}, right | {"end_positions": 3}):
+        with pytest.raises(ValueError, match=r"Row 0 has (start|end)_positions \d, which is padding"):
+            read([wrong], model)
+
+
 @pytest.mark.parametrize(
     ("label", "said"),
     [
