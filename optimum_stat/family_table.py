@@ -118,6 +118,9 @@ class Family:
     """Whether the norms stand before attention and neurons, not behind, or the config's name for that, if it has it."""
     interleaved: bool = False
     """Whether rotary embeddings turn neighbouring dimensions, not those that stand half a head apart."""
+    reads_padding: bool = False
+    """Whether a text is filled up to the longest that the model takes, and what fills it is read like the text: the last place
+    stands for the whole."""
     refused: tuple[str, str] | None = None
     """(attribute of the config, why): a model that has it set cannot be pruned."""
 
@@ -169,7 +172,7 @@ FAMILIES: dict[str, Family] = {
     "qwen3": _DECODER,
     "qwen3_moe": _MIXTURE,
     "roberta": Family(),
-    "siglip": _ENCODER,
+    "siglip": Family(causal=False, reads_padding=True),
     "siglip_vision_model": _ENCODER,
     "smollm3": _DECODER,
     "starcoder2": _DECODER,

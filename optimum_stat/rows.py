@@ -47,7 +47,7 @@ class Rows:
             dataset, own = _as_stored(dataset)
             if own and dataset.features and (isinstance(dataset, IterableDataset) or len(dataset)):  # unknown for some streams
                 types = {k: f.dtype if isinstance(f, Value) else type(f).__name__ for k, f in dataset.features.items()}
-                self.columns, self.all_columns = _input_columns(types, self._asked), tuple(types)
+                self.columns, self.all_columns = input_columns(types, self._asked), tuple(types)
                 names = {k: f.names for k, f in dataset.features.items() if isinstance(f, ClassLabel)}
                 self.labels = labels_for and find_labels(labels_for, self.all_columns, names, label_column)
                 wanted = {*self.columns, *(self.labels.columns if self.labels else ())}
@@ -97,7 +97,7 @@ class Rows:
                 raise ValueError(f"text_columns={self._asked} asked, but the rows are strings: leave text_columns out.")
             return tuple(texts)
         row = row if isinstance(row, Mapping) else {"input_ids": row}
-        self.columns = self.columns or _input_columns({k: type(v).__name__ for k, v in row.items()}, self._asked)
+        self.columns = self.columns or input_columns({k: type(v).__name__ for k, v in row.items()}, self._asked)
         if "input_ids" not in self.columns:
             return _texts(row, self.columns, f"Row {self.read}")
         self.masked |= "attention_mask" in row
@@ -111,7 +111,7 @@ class Rows:
         return result
 
 
-def _input_columns(types: Mapping[str, str], asked: tuple[str, ...]) -> tuple[str, ...]:
+def input_columns(types: Mapping[str, str], asked: tuple[str, ...]) -> tuple[str, ...]:
     """What to read: the columns asked for, or token ids, or text under a conventional name, or the only text column."""
     seen = ", ".join(f"{name} ({kind})" for name, kind in types.items())
     missing = [name for name in asked if name not in types]

@@ -28,6 +28,8 @@ LAYERS = (
     {
         "rows",
         "media",
+        "media_reader",
+        "media_ready",
         "recordings",
         "data",
         "probes",

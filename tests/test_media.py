@@ -15,7 +15,7 @@ from datasets import Audio, ClassLabel, Dataset, Features, Image, Value
 from PIL import Image as Picture
 from scipy.io import wavfile
 from tiny import PAD, data_of, outputs, tiny
-from tokenizers import Tokenizer, models, pre_tokenizers
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import MODEL_MAPPING, AutoModel, PreTrainedTokenizerFast, Wav2Vec2FeatureExtractor, WhisperFeatureExtractor
 
 from optimum_stat import FisherConfig, FisherPruner, MovementConfig, MovementPruner, STATConfig, STATPruner
@@ -23,6 +23,7 @@ from optimum_stat.config import PruningConfig
 from optimum_stat.families import find_groups
 from optimum_stat.inspection import sizes
 from optimum_stat.media import make_media_batches
+from optimum_stat.recordings import waveform
 from optimum_stat.slicing import restored_on_error
 from optimum_stat.structure import write_record
 
@@ -82,6 +83,43 @@ def test_pruning_images_from_a_dataset_to_a_folder_and_back(tmp_path: Path):
     assert again.report.num_examples == 10
 
 
+def seen_in(image: Any) -> Any:
+    """What the processor makes of it."""
+    (item,) = make_media_batches([{"image": image}], tiny("vit"), PruningConfig(), processor=image_processor())
+    return item["pixel_values"]
+
+
+@pytest.mark.parametrize(
+    ("of_eight_bits", "other"),
+    [
+        (images(1)[0], np.asarray(images(1)[0]) / 255),
+        (images(1)[0], np.asarray(images(1)[0], np.float32) / 255),
+        (images(1)[0], np.asarray(images(1)[0]).astype(np.uint16) * 257),
+        (images(1)[0], np.asarray(images(1)[0]).astype(np.int64)),
+        (images(1)[0].convert("L"), Picture.fromarray(np.asarray(images(1)[0].convert("L")).astype(np.uint16) * 257)),
+        (images(1)[0].convert("L"), np.asarray(images(1)[0].convert("L"))[:, :, None]),
+    ],
+    ids=["double", "single", "16 bits", "wide integers", "picture of 16 bits", "one channel"],
+)
+def test_an_image_looks_the_same_in_every_type(of_eight_bits: Any, other: Any):
+    assert torch.equal(seen_in(other), seen_in(of_eight_bits))
+
+
+@pytest.mark.parametrize(
+    ("image", "found"),
+    [
+        (np.full((9, 9), 255.0), "float64 from 255 to 255"),
+        (np.full((9, 9, 3), -0.5), "float64 from -0.5 to -0.5"),
+        (np.full((9, 9), np.nan), "float64 from nan to nan"),
+        (np.full((9, 9), 256), "int64 from 256 to 256"),
+        (np.zeros((9, 9, 5), np.uint8), r"\[9, 9, 5\]; give \[height, width\]"),
+    ],
+)
+def test_an_image_of_unknown_range_is_refused(image: Any, found: str):
+    with pytest.raises(ValueError, match=f"Row 0 has an image (of )?{found}"):
+        seen_in(image)
+
+
 def wav(samples: np.ndarray, rate: int) -> bytes:
     file = io.BytesIO()
     wavfile.write(file, rate, samples)
@@ -128,6 +166,29 @@ def test_other_rates_and_channels_are_converted():
     assert np.abs(seen[0] - wanted)[500:-500].max() < 0.01
 
 
+@pytest.mark.parametrize("form", ["array", "dict", "tensor"])
+def test_channels_are_averaged_on_whichever_side_they_stand(form: str):
+    one, other = sounds()[0], sounds()[2]
+    both: Any = np.stack([one, other])
+    both = torch.tensor(both) if form == "tensor" else both
+    for layout in (both, both.T):
+        value = layout if form == "array" else {"array": layout, "sampling_rate": RATE}
+        np.testing.assert_allclose(waveform(value, RATE, "Row 0"), (one + other) / 2, rtol=1e-6)
+
+
+@pytest.mark.parametrize("kind", [np.uint8, np.int16, np.int32, np.float32])
+def test_samples_of_every_type_are_fractions_around_zero(kind: Any):
+    wave = np.sin(np.arange(2000) / 20) / 2
+    stored = wave.astype(kind)
+    if kind is not np.float32:
+        half = np.iinfo(kind).max // 2 + 1 if kind is np.uint8 else np.iinfo(kind).max
+        stored = np.rint(wave * half + (half if kind is np.uint8 else 0)).astype(kind)
+    for form in ({"bytes": wav(stored, RATE)}, {"array": stored, "sampling_rate": RATE}, stored):
+        np.testing.assert_allclose(waveform(form, RATE, "Row 0"), wave, atol=1 / 127)
+    with pytest.raises(ValueError, match="Row 0 has a sound of int64, of no known scale"):
+        waveform({"array": [3, 5], "sampling_rate": RATE}, RATE, "Row 0")
+
+
 def test_a_decoder_reads_the_target_behind_its_start():
     rows = [{"document": "w3 w4 w5 w6", "summary": "w7 w8 w9"}, {"document": "w10", "summary": "w11 w12"}]
     found = make_media_batches(rows, tiny("t5"), PruningConfig(), processor=tokenizer())
@@ -143,6 +204,36 @@ def test_a_decoder_reads_the_target_behind_its_start():
     assert alone.items[0]["decoder_input_ids"].tolist() == [[PAD, 6]]
 
 
+def ending(before: str = "<s>", special: Any = (("<s>", 0), ("</s>", 2))) -> PreTrainedTokenizerFast:
+    """A tokenizer that marks where texts end."""
+    marking = tokenizer()
+    marking._tokenizer.post_processor = processors.TemplateProcessing(
+        single=f"{before} $A </s>", pair=f"{before} $A </s> </s> $B </s>", special_tokens=list(special)
+    )
+    return marking
+
+
+def test_a_head_that_judges_pairs_reads_both_texts_in_both_of_its_stacks():
+    model = tiny("bart", "SequenceClassification")
+    rows = Dataset.from_dict({"premise": ["w3 w4", "w5"], "hypothesis": ["w6", "w7"], "label": [2, 1]})
+    found = make_media_batches(rows, model, PruningConfig(), processor=ending(), labels_for=model)
+    (item,) = found.items
+    assert item["input_ids"].tolist() == [[0, 6, 7, 2, 2, 9, 2], [0, 8, 2, 2, 10, 2, PAD]]
+    assert item["decoder_input_ids"].tolist() == [[0, 0, 6, 7, 2, 2, 9], [0, 0, 8, 2, 2, 10, PAD]]
+    assert torch.equal(item["decoder_attention_mask"], item["attention_mask"])
+    assert [own["labels"].tolist() for own in found.labels or ()] == [[2, 1]]
+    ready = {"input_ids": item["input_ids"], "attention_mask": item["attention_mask"], "labels": torch.tensor([2, 1])}
+    again = make_media_batches([ready], model, PruningConfig(), labels_for=model)
+    assert torch.equal(again.items[0]["decoder_attention_mask"], item["attention_mask"])
+    assert torch.equal(again.items[0]["decoder_input_ids"][0], item["decoder_input_ids"][0])
+    alone = make_media_batches(rows, model, PruningConfig(), processor=ending(), text_columns="hypothesis")
+    assert alone.items[0]["input_ids"].tolist() == [[0, 9, 2], [0, 10, 2]]
+    with pytest.raises(ValueError, match="No text column recognised"):
+        make_media_batches([{"a": "w3", "b": "w4"}], model, PruningConfig(), processor=ending())
+    with pytest.raises(ValueError, match="but one is possible"):
+        make_media_batches([{"a": "w3", "b": "w4"}], tiny("clip"), PruningConfig(), text_columns=("a", "b"))
+
+
 def test_sound_with_a_transcript_and_image_with_a_caption():
     extractor = WhisperFeatureExtractor(feature_size=8, n_fft=400, hop_length=400, chunk_length=1)
     processor = SimpleNamespace(feature_extractor=extractor, tokenizer=tokenizer())
@@ -154,6 +245,81 @@ def test_sound_with_a_transcript_and_image_with_a_caption():
     pruner = STATPruner.from_pretrained(tiny("clip"), STATConfig(keep=0.7), tokenizer=processor)
     pruner.prune([{"image": image, "caption": "w3 w4"} for image in images()])
     assert pruner.report.seq_len == (2, 10)
+
+
+FORMS: dict[str, Any] = {
+    "lists": lambda value: value.tolist(),
+    "arrays": lambda value: np.asarray(value),
+    "tensors": lambda value: torch.as_tensor(value),
+}
+
+
+@pytest.mark.parametrize("form", [*FORMS, "numpy dataset", "torch dataset", "dataset"])
+def test_preprocessed_rows_are_taken_as_trainer_takes_them(form: str):
+    def read(family: str, rows: list[dict[str, Any]]) -> Any:
+        made: Any = [{name: FORMS.get(form, FORMS["lists"])(value) for name, value in row.items()} for row in rows]
+        if "dataset" in form:
+            made = Dataset.from_list(made)
+            made = made if form == "dataset" else made.with_format(form.split()[0])
+        return make_media_batches(made, tiny(family), PruningConfig(batch_size=2), processor=None).items
+
+    pictures = image_processor()(images(3), return_tensors="pt")["pixel_values"]
+    found = read("vit", [{"pixel_values": each} for each in pictures])
+    torch.testing.assert_close(torch.cat([item["pixel_values"] for item in found]), pictures)
+    waves = sounds(3)
+    found = read("wav2vec2", [{"input_values": each, "attention_mask": np.ones(len(each), np.int64)} for each in waves])
+    assert [tuple(item["input_values"].shape) for item in found] == [(1, 260), (2, 200)]
+    torch.testing.assert_close(found[0]["input_values"][0], torch.tensor(waves[1]))
+    heard = torch.rand(8, 40)
+    (item,) = read("whisper", [{"input_features": heard, "labels": torch.tensor([0, *ids])} for ids in ([5, 6], [7])])
+    torch.testing.assert_close(item["input_features"], torch.stack([heard, heard]))
+    assert item["decoder_input_ids"].tolist() == [[0, 5], [0, PAD]]
+    texts: list[dict[str, Any]] = [
+        {"input_ids": torch.tensor([5, 6, 7]), "labels": torch.tensor([9, 2, -100])},
+        {"input_ids": torch.tensor([8]), "labels": torch.tensor([10, 11, 2])},
+    ]
+    (item,) = read("t5", texts)
+    assert item["input_ids"].tolist() == [[5, 6, 7], [8, PAD, PAD]]
+    assert item["attention_mask"].tolist() == [[1, 1, 1], [1, 0, 0]]
+    assert item["decoder_input_ids"].tolist() == [[PAD, 9, 2], [PAD, 10, 11]]
+    assert item["decoder_attention_mask"].tolist() == [[1, 1, 0], [1, 1, 1]]
+
+
+def test_a_row_may_be_ready_in_part_and_its_texts_without_a_mask_are_padded_with_one():
+    rows = [{"image": image, "input_ids": list(range(3, 5 + i))} for i, image in enumerate(images(2))]
+    (item,) = make_media_batches(rows, tiny("clip"), PruningConfig(), processor=image_processor())
+    assert item["attention_mask"].tolist() == [[1, 1, 0], [1, 1, 1]]
+    assert len(item["pixel_values"]) == 2
+    with pytest.raises(ValueError, match="Row 0 has in input_ids no numbers of one shape"):
+        make_media_batches([{"input_ids": [[3, 4], [5]]}], tiny("t5"), PruningConfig())
+
+
+def test_the_start_of_a_transcript_stands_once_before_it():
+    extractor = WhisperFeatureExtractor(feature_size=8, n_fft=400, hop_length=400, chunk_length=1)
+    for before, wanted in (("<s> w0", [0, 3, 13, 14]), ("w0", [0, 3, 13, 14])):
+        marking = ending(before, (("<s>", 0), ("w0", 3), ("</s>", 2)))
+        processor = SimpleNamespace(feature_extractor=extractor, tokenizer=marking)
+        rows = [{"audio": sounds()[0], "text": "w10 w11"}]
+        (item,) = make_media_batches(rows, tiny("whisper"), PruningConfig(), processor=processor)
+        assert item["decoder_input_ids"].tolist() == [wanted]
+
+
+def test_texts_whose_padding_is_read_are_filled_and_never_padded_in_a_batch():
+    without_mask, limitless = tokenizer(), tokenizer()
+    without_mask.model_input_names = ["input_ids"]
+    limitless.model_max_length = int(1e30)
+    for own, width in ((without_mask, 32), (limitless, 64)):
+        processor = SimpleNamespace(image_processor=image_processor(), tokenizer=own)
+        rows = [{"image": image, "text": "w3 w4"} for image in images(2)]
+        (item,) = make_media_batches(rows, tiny("siglip"), PruningConfig(), processor=processor)
+        assert item["input_ids"].tolist() == [[6, 7] + [PAD] * (width - 2)] * 2
+        assert item["attention_mask"].tolist() == [[1] * width] * 2
+    pixel_values = item["pixel_values"][:1]
+    ready = [{"pixel_values": pixel_values, "input_ids": torch.full((1, length), 5)} for length in (3, 4, 3)]
+    found = make_media_batches(ready, tiny("siglip"), PruningConfig())
+    assert [item["input_ids"].tolist() for item in found] == [[[5] * 4], [[5] * 3] * 2]
+    (item,) = make_media_batches(rows, tiny("clip"), PruningConfig(), processor=processor)
+    assert item["input_ids"].tolist() == [[6, 7]] * 2
 
 
 WRONG: dict[str, tuple[str, Any, Any, str]] = {
@@ -168,6 +334,26 @@ WRONG: dict[str, tuple[str, Any, Any, str]] = {
         [{"input_values": torch.zeros(2, 200), "attention_mask": torch.tensor([[1] * 200, [1] * 100 + [0] * 100])}],
         None,
         "Row 0 has padded sounds; give batches of sounds of one length",
+    ),
+    "no sound": (
+        "wav2vec2",
+        [{"audio": {"path": None, "bytes": None}}],
+        Wav2Vec2FeatureExtractor(),
+        "Row 0 holds no sound: it has",
+    ),
+    "broken WAV": (
+        "wav2vec2",
+        [{"audio": {"bytes": b"RIFF1234WAVE"}}],
+        Wav2Vec2FeatureExtractor(),
+        "holds a WAV file that cannot",
+    ),
+    "empty sound": ("wav2vec2", [{"audio": np.zeros(0)}], Wav2Vec2FeatureExtractor(), r"Row 0 has a sound of samples \[0\]"),
+    "no number": ("wav2vec2", [{"audio": np.full(400, np.nan)}], Wav2Vec2FeatureExtractor(), "Row 0 has a sound of samples that"),
+    "other token": (
+        "t5",
+        [{"input_ids": [3], "labels": [500, 3]}],
+        None,
+        "Row 0 has token id 500, but the model's vocabulary has 67",
     ),
     "no text": ("t5", [{"number": 3}], tokenizer(), "Row 0 has no text in 'text' and 'text'"),
 }

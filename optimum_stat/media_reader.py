@@ -1,0 +1,165 @@
+"""From a row with images, sound or texts to the tensors that a model reads, through the parts of its processor."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .blocks import family_of, is_encoder_decoder, modalities
+from .config import PruningConfig
+from .data import lengths, pad_id_of
+from .families import task_of
+from .labels import predicts_next
+from .media_ready import check_vocabulary, ready_inputs
+from .recordings import is_image, is_sound, pixels, waveform
+from .rows import input_columns
+
+TARGETS = ("target", "targets", "summary", "highlights", "answer", "output", "translation")
+TEXTS = ("text", "sentence", "caption", "transcription", "transcript", "document", "article", "source", "input", "question")
+
+
+@dataclass(frozen=True)
+class Reader:
+    """Makes of a row what the model reads: tensors [1, ...]."""
+
+    model: Any
+    config: PruningConfig
+    processor: Any
+    texts: tuple[str, ...]
+
+    @property
+    def pad_id(self) -> int:
+        """The token that fills what is shorter than the longest of its batch."""
+        return pad_id_of(_part(self.processor, "tokenizer"), self.model.config.get_text_config())
+
+    def read(self, row: Mapping[str, Any], where: str) -> dict[str, Tensor]:
+        """What is ready as it is; the rest through the parts of the processor."""
+        result = ready_inputs(row, self.model, where, writes(self.model))
+        accepted = inspect.signature(self.model.forward).parameters
+        for kind in modalities(self.model):
+            if not self._inputs_of(kind) & result.keys():
+                made = {"image": self._image, "audio": self._sound, "text": self._text}[kind](row, where)
+                result |= {name: value for name, value in made.items() if name in accepted}
+        return self._with_decoder(result, where)
+
+    def _inputs_of(self, kind: str) -> set[str]:
+        """Those of which one says that a row is ready, as far as this kind goes."""
+        own = {"image": {"pixel_values"}, "audio": {"input_values", "input_features"}}
+        of_decoder = {"labels"} if "audio" in modalities(self.model) else set()
+        return own.get(kind, {"input_ids", "decoder_input_ids"} | of_decoder)
+
+    def _image(self, row: Mapping[str, Any], where: str) -> dict[str, Tensor]:
+        value = _only(row, is_image, "image", where)
+        part = _needed(_part(self.processor, "image_processor"), "image processor")
+        return {"pixel_values": part(images=pixels(value, where), return_tensors="pt")["pixel_values"]}
+
+    def _sound(self, row: Mapping[str, Any], where: str) -> dict[str, Tensor]:
+        value = _only(row, is_sound, "sound", where)
+        part = _needed(_part(self.processor, "feature_extractor"), "feature extractor")
+        samples = waveform(value, part.sampling_rate, where)
+        encoded = part(samples, sampling_rate=part.sampling_rate, return_tensors="pt")
+        return {name: value for name, value in encoded.items() if name in ("input_values", "input_features")}
+
+    def _text(self, row: Mapping[str, Any], where: str) -> dict[str, Tensor]:
+        found = [row.get(name) for name in self.texts]
+        if not all(isinstance(text, str) for text in found):
+            raise ValueError(f"{where} has no text in {' and '.join(map(repr, self.texts))}.")
+        if not writes(self.model):
+            return self._tokenized(*found)
+        ids = {"labels": self._tokenized(found[-1])["input_ids"]}
+        return ids | ({} if "audio" in modalities(self.model) else self._tokenized(found[0]))
+
+    def _tokenized(self, *texts: Any) -> dict[str, Tensor]:
+        """One text, or a pair that is read as one."""
+        tokenizer = _needed(_part(self.processor, "tokenizer"), "tokenizer")
+        _, seq_len = lengths(self.config.seq_len, self.model.config.get_text_config(), tokenizer)
+        filled = family_of(self.model).reads_padding
+        options = {"padding": "max_length" if filled else False, "truncation": True, "max_length": seq_len}
+        encoded = tokenizer(*texts, **options, return_tensors="pt")
+        ids = encoded["input_ids"]
+        mask = None if filled else encoded.get("attention_mask")
+        return {"input_ids": ids, "attention_mask": torch.ones_like(ids) if mask is None else mask}
+
+    def _with_decoder(self, found: dict[str, Tensor], where: str) -> dict[str, Tensor]:
+        """What a decoder reads: its start token, then all of the target but the last."""
+        labels = found.pop("labels", None)
+        if is_encoder_decoder(self.model) and "decoder_input_ids" not in found:
+            found |= self._shifted(labels, found, where)
+        for of in ("", "decoder_"):
+            if f"{of}input_ids" in found:
+                check_vocabulary(found[f"{of}input_ids"], self.model.config.get_text_config(), where)
+                found.setdefault(f"{of}attention_mask", torch.ones_like(found[f"{of}input_ids"]))
+        return found
+
+    def _shifted(self, labels: Tensor | None, found: dict[str, Tensor], where: str) -> dict[str, Tensor]:
+        """The labels, or what the encoder reads, behind the start token: once, where the tokenizer puts it there already."""
+        config = self.model.config
+        named = (getattr(config, name, None) for name in ("decoder_start_token_id", "bos_token_id"))
+        start = next((token for token in named if token is not None), self.pad_id)
+        if labels is not None and "decoder_attention_mask" not in found:
+            starts = labels.shape[1] > 1 and bool((labels[:, 0] == start).all())
+            labels = labels[:, 1:] if starts else labels
+        target = found.get("input_ids") if labels is None else labels
+        if target is None:
+            raise ValueError(f"{where} has neither decoder_input_ids nor a text for the decoder.")
+        before = torch.full_like(target[:, :1], start)
+        ids = torch.cat([before, target[:, :-1].masked_fill(target[:, :-1] < 0, self.pad_id)], 1)
+        mask = found.get("attention_mask")
+        if labels is not None:  # behind the last that counts, they are padding
+            mask = ((labels >= 0).flip(1).cumsum(1).flip(1) > 0).long()
+        return {"decoder_attention_mask": torch.ones_like(ids) if mask is None else mask, "decoder_input_ids": ids} | found
+
+
+def writes(model: Any) -> bool:
+    """Whether a decoder reads a text of its own; one whose head judges a text reads the encoder's again."""
+    return is_encoder_decoder(model) and (predicts_next(model) or task_of(model) == "feature-extraction")
+
+
+def texts_in(model: Any, head: Mapping[str, Any], asked: Sequence[str] | None) -> tuple[str, ...]:
+    """The columns of the source and of the target of a model that writes; of any other, those of its one text or pair."""
+    asked = (asked,) if isinstance(asked, str) else tuple(asked or ())
+    if is_encoder_decoder(model) and not writes(model) and head:
+        return input_columns({name: type(value).__name__ for name, value in head.items()}, asked)
+    missing, most = [name for name in asked if name not in head], 2 if writes(model) else 1
+    if missing or len(asked) > most:
+        possible = "one or two are" if most == 2 else "one is"
+        problem = f"there is no column {', '.join(map(repr, missing))}" if missing else f"{possible} possible"
+        raise ValueError(f"text_columns={asked} asked, but {problem}. Columns: {', '.join(head)}.")
+    if asked:
+        return asked
+    strings = [name for name, value in head.items() if isinstance(value, str)]
+    source = next((name for name in TEXTS if name in strings), strings[0] if strings else "text")
+    target = next((name for name in TARGETS if name in strings and name != source), source)
+    return (source, target)[:most]
+
+
+def _part(processor: Any, name: str) -> Any:
+    """A processor's part of that name, or itself, if it is one."""
+    from transformers import BaseImageProcessor, PreTrainedTokenizerBase, SequenceFeatureExtractor
+
+    kinds = {
+        "tokenizer": PreTrainedTokenizerBase,
+        "image_processor": BaseImageProcessor,
+        "feature_extractor": SequenceFeatureExtractor,
+    }
+    return processor if isinstance(processor, kinds[name]) else getattr(processor, name, None)
+
+
+def _needed(part: Any, what: str) -> Any:
+    if part is None:
+        raise ValueError(f"The dataset is raw and there is no {what}. Pass one with tokenizer=, or ready batches.")
+    return part
+
+
+def _only(row: Mapping[str, Any], fits: Any, what: str, where: str) -> Any:
+    found = [name for name, value in row.items() if fits(value)]
+    if len(found) != 1:
+        has = f"several ({', '.join(found)}): select_columns() one" if found else "none"
+        kinds = ", ".join(f"{name} ({type(value).__name__})" for name, value in row.items())
+        raise ValueError(f"{where} must have one {what}, and has {has}. Columns: {kinds}.")
+    return row[found[0]]
