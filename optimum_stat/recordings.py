@@ -25,7 +25,7 @@ def pixels(value: Any, where: str) -> Image.Image:
     """The picture, in colours.
 
     Raises:
-        ValueError: an array has other values than integers from 0 to 255, uint16, or fractions from 0 to 1, or too many channels.
+        ValueError: an array has other values than those from 0 to 255, uint16, or fractions from 0 to 1, or too many channels.
     """
     if isinstance(value, Image.Image) and value.mode[0] not in "IF":
         return value.convert("RGB")
@@ -39,10 +39,10 @@ def _of_eight_bits(values: NDArray[Any], where: str) -> NDArray[np.uint8]:
     if values.ndim == 3 and values.shape[2] > 4:
         raise ValueError(f"{where} has an image {list(values.shape)}; give [height, width] or [height, width, 1 to 4 channels].")
     kind, low, high = values.dtype.kind, values.min(), values.max()
-    top = 1 if kind in "fb" else 65535 if (kind, values.dtype.itemsize) == ("u", 2) else 255
+    top = 1 if kind in "fb" and high <= 1 else 65535 if (kind, values.dtype.itemsize) == ("u", 2) else 255
     if not (low >= 0 and high <= top):
         raise ValueError(
-            f"{where} has an image of {values.dtype} from {low:g} to {high:g}. Give integers from 0 to 255, uint16 that use "
+            f"{where} has an image of {values.dtype} from {low:g} to {high:g}. Give values from 0 to 255, uint16 that use "
             "all of their 16 bits, or fractions from 0 to 1."
         )
     return np.rint(values.astype(np.float64) * (255 / top)).astype(np.uint8)
@@ -118,5 +118,5 @@ def _from_file(value: Mapping[str, Any], where: str) -> tuple[NDArray[np.float32
     try:
         rate, samples = wavfile.read(io.BytesIO(content))
     except Exception as error:  # of many kinds, by where the file breaks off
-        raise ValueError(f"{where} holds a WAV file that cannot be read: {error}. Leave the row out.") from error
+        raise ValueError(f"{where} has a WAV file that cannot be read ({str(error).rstrip('.')}). Leave the row out.") from error
     return _scaled(samples), int(rate)

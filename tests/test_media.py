@@ -94,12 +94,13 @@ def seen_in(image: Any) -> Any:
     [
         (images(1)[0], np.asarray(images(1)[0]) / 255),
         (images(1)[0], np.asarray(images(1)[0], np.float32) / 255),
+        (images(1)[0], np.asarray(images(1)[0], np.float32)),
         (images(1)[0], np.asarray(images(1)[0]).astype(np.uint16) * 257),
         (images(1)[0], np.asarray(images(1)[0]).astype(np.int64)),
         (images(1)[0].convert("L"), Picture.fromarray(np.asarray(images(1)[0].convert("L")).astype(np.uint16) * 257)),
         (images(1)[0].convert("L"), np.asarray(images(1)[0].convert("L"))[:, :, None]),
     ],
-    ids=["double", "single", "16 bits", "wide integers", "picture of 16 bits", "one channel"],
+    ids=["double", "single", "whole", "16 bits", "wide integers", "picture of 16 bits", "one channel"],
 )
 def test_an_image_looks_the_same_in_every_type(of_eight_bits: Any, other: Any):
     assert torch.equal(seen_in(other), seen_in(of_eight_bits))
@@ -108,7 +109,7 @@ def test_an_image_looks_the_same_in_every_type(of_eight_bits: Any, other: Any):
 @pytest.mark.parametrize(
     ("image", "found"),
     [
-        (np.full((9, 9), 255.0), "float64 from 255 to 255"),
+        (np.full((9, 9), 256.0), "float64 from 256 to 256"),
         (np.full((9, 9, 3), -0.5), "float64 from -0.5 to -0.5"),
         (np.full((9, 9), np.nan), "float64 from nan to nan"),
         (np.full((9, 9), 256), "int64 from 256 to 256"),
@@ -345,7 +346,7 @@ WRONG: dict[str, tuple[str, Any, Any, str]] = {
         "wav2vec2",
         [{"audio": {"bytes": b"RIFF1234WAVE"}}],
         Wav2Vec2FeatureExtractor(),
-        "holds a WAV file that cannot",
+        "has a WAV file that cannot",
     ),
     "empty sound": ("wav2vec2", [{"audio": np.zeros(0)}], Wav2Vec2FeatureExtractor(), r"Row 0 has a sound of samples \[0\]"),
     "no number": ("wav2vec2", [{"audio": np.full(400, np.nan)}], Wav2Vec2FeatureExtractor(), "Row 0 has a sound of samples that"),
