@@ -45,16 +45,16 @@ def read(
         raise ValueError(f"label_column={label_column!r} asked, but {pruner.method} with this config reads no labels.")
     asked: dict[str, Any] = {"labels_for": None if use == "none" else model, "labels_needed": use == "data"}
     asked |= {"text_columns": text_columns, "label_column": label_column}
-    if lacks_padding(model) and config.batch_size > 1:
-        raise ValueError(
-            f"A {type(model).__name__} finds the end of an example by config.pad_token_id, and has none: set it to the id that "
-            "its texts will be padded with (the tokenizer's pad_token_id), or ask for batch_size=1."
-        )
     if reads_tokens_alone(model):
         causal = is_causal(model) and task_of(model) in ("text-generation", "feature-extraction")
         batches = make_batches(dataset, model.config, config, causal=causal, tokenizer=pruner.tokenizer, **asked)
     else:
         batches = make_media_batches(dataset, model, config, processor=pruner.tokenizer, **asked)
+    if lacks_padding(model) and any(len(item["input_ids"]) > 1 for item in batches):
+        raise ValueError(
+            f"A {type(model).__name__} finds the end of an example by config.pad_token_id, and has none: set it to the id that "
+            "its texts will be padded with (the tokenizer's pad_token_id), or ask for batch_size=1."
+        )
     return replace(batches, processes=Processes.launched())
 
 

@@ -51,15 +51,16 @@ def load(name: str | None, config_name: str | None, split: str | None, *, stream
 
 def _part(saved: Any, name: str, split: str | None) -> Any:
     """What a split such as "train[:100]" takes of the one split that was saved."""
-    if split is None:
+    if split is None or split == str(saved.split):
         return saved
     import datasets
 
-    own = str(saved.split or "train")
+    kept = str(saved.split or "train")
+    own = kept.partition("[")[0]  # it may be a slice itself
     try:
         (part,) = datasets.ReadInstruction.from_spec(split).to_absolute({own: len(saved)})
     except ValueError:
-        raise ValueError(f"--split {split} asked, but {name} holds {own} alone: {own}, {own}[:100], {own}[50%:] ...") from None
+        raise ValueError(f"--split {split} asked, but {name} holds {kept} alone: {own}, {own}[:100], {own}[50%:] ...") from None
     return saved.select(range(part.from_, part.to))
 
 

@@ -85,9 +85,9 @@ def make_batches(
     Encoders get one example a row, truncated to `seq_len`, longest first, padded on the right. Causal language models
     get windows of `seq_len` tokens, without padding: the rows' texts joined by newlines, and in front of each window
     what the tokenizer puts before a text (token id rows are joined as they are, or kept if all have one length).
-    Ready batches stay as they are. With `labels_for`, a model, the labels that its head is trained on are read too, where
-    the data has some; `labels_needed` refuses data without. Raises ValueError if the data is empty, lacks the columns, needs
-    a tokenizer or does not fit the model's vocabulary, length or classes; TypeError if it is no collection of examples.
+    Ready batches stay as they are, but for what the mask hides. With `labels_for`, a model, the labels that its head is trained
+    on are read too, where the data has some; `labels_needed` refuses data without. Raises ValueError if the data is empty, lacks
+    the columns, needs a tokenizer or does not fit the model's vocabulary, length or classes; TypeError if it is no collection.
     """
     text_config = model_config.get_text_config()
     longest, seq_len = lengths(config.seq_len, text_config, tokenizer)
@@ -104,7 +104,9 @@ def make_batches(
         items = [{key: value for key, value in item.items() if key != "token_type_ids"} for item in items]
     if not rows.masked and not rows.kind.startswith("string"):
         _warn_of_padding(items, pad_id_of(tokenizer, text_config))
-    if rows.kind != "ready batches":
+    if rows.kind == "ready batches":
+        items = [repadded(item, text_config) for item in items]
+    else:
         items = _pad(items, config.batch_size, pad_id_of(tokenizer, text_config))
     names = [name for name in LABELS if name in items[0]]
     labels = tuple({name: item.pop(name) for name in names} for item in items) if names else None
@@ -261,6 +263,13 @@ def pad_id_of(tokenizer: Any, text_config: Any) -> int:
     known = (getattr(text_config, "pad_token_id", None), None if tokenizer is None else tokenizer.pad_token_id)
     vocab_size = getattr(text_config, "vocab_size", None) or 1
     return next((pad for pad in known if pad is not None and 0 <= pad < vocab_size), 0)
+
+
+def repadded(batch: dict[str, Tensor], text_config: Any) -> dict[str, Tensor]:
+    """The same with the config's token for padding where the mask hides one."""
+    if getattr(text_config, "pad_token_id", None) is None:
+        return batch
+    return {**batch, "input_ids": batch["input_ids"].masked_fill(batch["attention_mask"] == 0, pad_id_of(None, text_config))}
 
 
 def _warn_of_padding(items: list[dict[str, Tensor]], pad_id: int) -> None:

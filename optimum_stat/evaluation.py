@@ -19,7 +19,7 @@ from transformers.utils.logging import tqdm
 from .blocks import lacks_padding
 from .budget import model_cost
 from .config import PruningConfig
-from .data import SEQ_LEN, Batches, make_batches, pad_id_of
+from .data import SEQ_LEN, Batches, make_batches, repadded
 from .families import find_groups, task_of
 from .labels import COLUMNS as LABEL_COLUMNS
 from .labels import class_ids
@@ -248,8 +248,7 @@ def _encoded(model: Any, tokenizer: Any, texts: Sequence[tuple[str, ...]], confi
         columns = [list(column) for column in zip(*texts[start : start + size], strict=True)]
         how = {"padding": size > 1, "truncation": True, "max_length": seq_len, "padding_side": "right"}
         encoded = tokenizer(*columns, return_tensors="pt", **how)
-        padding = encoded["attention_mask"] == 0
-        encoded["input_ids"][padding] = pad_id_of(tokenizer, model.config.get_text_config())
+        encoded = repadded(encoded, model.config.get_text_config()) if "attention_mask" in encoded else encoded
         batches.append({name: value for name, value in encoded.items() if name in accepted})
     if batches:
         return batches

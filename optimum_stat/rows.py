@@ -38,6 +38,7 @@ class Rows:
         self.columns: tuple[str, ...] = ()
         self.all_columns: tuple[str, ...] = ()
         self.labels: Labels | None = None
+        self._labels_for = labels_for
         names: dict[str, Sequence[str]] = {}
         self._asked = (text_columns,) if isinstance(text_columns, str) else tuple(text_columns or ())
         if isinstance(dataset, (Dataset, IterableDataset)):
@@ -73,6 +74,7 @@ class Rows:
             converted = self._convert(row)
             if _kind(converted) != self.kind:
                 raise ValueError(f"Row {self.read} is of another kind ({_kind(converted)}) than row 0 ({self.kind}).")
+            self._refuse_late_labels(row)
             apart = self.labels is not None and not self.labels.per_token
             labels = self.labels.read(row, f"Row {self.read}") if self.labels and apart else {}
             if labels and self.kind == "tokenized rows" and "attention_mask" in row:
@@ -88,6 +90,18 @@ class Rows:
         """One line on what was read."""
         columns = f", columns {' and '.join(self.columns)}" if self.columns and self.kind.startswith("string") else ""
         return (self.name or f"{self.read} {'rows' if columns else self.kind}") + columns
+
+    def _refuse_late_labels(self, row: Any) -> None:
+        """Raise if this row has labels, for a model that reads them, and the first one had not: all would be left out."""
+        if self._labels_for is None or not isinstance(row, Mapping) or row.keys() <= {*self.all_columns}:
+            return
+        late = find_labels(self._labels_for, tuple(row), {}, None)
+        if late is not None and not {*late.columns} <= {*self.all_columns}:
+            columns, seen = " and ".join(late.columns), ", ".join(self.all_columns) or "none, the row is plain"
+            raise ValueError(
+                f"Row {self.read} has labels ({columns}), but row 0 has none there; its columns: {seen}. Give all rows labels, "
+                "or none."
+            )
 
     def _convert(self, row: Any) -> tuple[str, ...] | dict[str, Tensor]:
         row = "" if row is None else row

@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 import torch
-from datasets import Dataset
+from datasets import Dataset, NamedSplit
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import (
     BertConfig,
@@ -168,7 +168,7 @@ def test_every_kind_of_file_is_the_same_data(
     assert report["num_tokens"] == tokens
 
 
-def test_a_saved_dataset_has_one_split(data: dict[str, str], capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_saved_dataset_has_one_split(data: dict[str, str], tmp_path: Path) -> None:
     from optimum_stat import command_data
 
     def load(split: str | None, config: str | None = None, streaming: bool = False) -> Any:
@@ -184,6 +184,9 @@ def test_a_saved_dataset_has_one_split(data: dict[str, str], capsys: pytest.Capt
     for split in ("validation", "train+train", "train[a"):
         with pytest.raises(ValueError, match=re.escape(f"--split {split} asked, but {data['folder']} holds train alone")):
             load(split)
+    Dataset.from_dict({"text": ["a", "b", "c"]}, split=NamedSplit("train[:3]")).save_to_disk(tmp_path / "slice")
+    found = command_data.load(str(tmp_path / "slice"), None, "train[1:]", streaming=False, for_evaluation=False)
+    assert list(found["text"]) == ["b", "c"]
     with pytest.raises(ValueError, match="--dataset-config german asked"):
         load(None, "german")
     with pytest.raises(ValueError, match="--dataset-config german asked"):

@@ -123,8 +123,12 @@ def test_a_decoder_finds_the_end_of_an_example_by_its_own_padding(pad: int | Non
     if pad is None:
         with pytest.raises(ValueError, match="finds the end of an example by config"):
             pruner.prune(texts)
+        pruner.prune([{"input_ids": tokenizer()(each, return_tensors="pt")["input_ids"]} for each in texts])
     else:
         (batch, *_) = make_batches(texts, config, data_config(batch_size=8), causal=False, tokenizer=tokenizer())
+        wrong = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, 9)
+        (ready,) = make_batches([batch | {"input_ids": wrong}], config, data_config(), causal=False)
+        assert torch.equal(ready["input_ids"], batch["input_ids"])
         whole = model(**batch).logits
         for row, mask in enumerate(batch["attention_mask"]):
             alone = model(input_ids=batch["input_ids"][row : row + 1, : int(mask.sum())]).logits

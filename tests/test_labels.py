@@ -94,6 +94,17 @@ def test_several_labels_at_once() -> None:
             read([{"text": "w1", "labels": wrong}], model)
 
 
+@pytest.mark.parametrize("missing", [0, 1])
+def test_labels_that_some_rows_lack_are_refused(missing: int) -> None:
+    rows: list[dict[str, Any]] = [{"text": "w1 w2", "label": 1}, {"text": "w3", "label": 0}]
+    del rows[missing]["label"]
+    said = (r"Row 1 has labels \(label\), but row 0 has none there; its columns: text\.", "Row 1 has no label")
+    with pytest.raises(ValueError, match=said[missing]):
+        read(rows, needed=False)
+    other = [{"text": "w1 w2"}, {"text": "w3", "mood": 0}]
+    assert read(other, needed=False).labels is None
+
+
 @pytest.mark.parametrize("form", [np.asarray, torch.tensor, list, lambda values: list(np.asarray(values))])
 def test_labels_in_any_form(form: Any) -> None:
     """Of rows and of ready batches: those that numpy has, too."""

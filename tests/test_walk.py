@@ -301,6 +301,7 @@ def test_a_run_begins_anew_and_nothing_waits_after_an_error() -> None:
     walk.run(0, [neurons], lambda _, z: shown.append(z))
     torch.testing.assert_close(shown[0], shown[1])
     set_weight(neurons.producers[0].linear, torch.zeros_like(weight(neurons.producers[0].linear)))
+    walk.halt(heads, lambda _, z: None, torch.arange(weight(heads.consumer).shape[1]))
     with pytest.raises(KeyError):
         walk.halt(neurons, lambda _, z: {}["of the visitor's"], columns)
     _assert_clean(model)
