@@ -569,7 +569,13 @@ def test_ctrl_c_leaves_what_is_finished(data: dict[str, str], tmp_path: Path) ->
     home.mkdir()
     command = [BIN / "optimum-stat", "prune", str(home / "out"), "-m", model, "--metric", "stream", "--num-tokens", "30000"]
     environ = {name: value for name, value in os.environ.items() if name != "HF_HUB_DISABLE_PROGRESS_BARS"}
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, env=environ)
+    process = subprocess.Popen(
+        command,
+        stderr=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        env=environ,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # what a shell starts behind an `&` ignores it
+    )
     try:
         assert process.stderr is not None
         seen = b""
