@@ -31,9 +31,10 @@ def load(name: str | None, config_name: str | None, split: str | None, *, stream
         return _bundled(split or ("test" if for_evaluation else "train"))
     check(name)
     path = Path(name)
-    if config_name is not None and path.exists() and not (path.is_dir() and not (path / "state.json").is_file()):
+    saved = path.is_dir() and (path / "state.json").is_file()  # what Dataset.save_to_disk writes
+    if config_name is not None and (saved or path.is_file()):
         raise ValueError(f"--dataset-config {config_name} asked, but {name} is one dataset, which has no configurations.")
-    if path.is_dir() and (path / "state.json").is_file():  # what Dataset.save_to_disk writes
+    if saved:
         found = _part(datasets.load_from_disk(name), name, split)
         found = found.to_iterable_dataset() if streaming else found
     else:
