@@ -13,7 +13,7 @@ from .processes import Processes
 from .slicing import consumer_columns, set_weight
 from .walk import BlockWalk
 
-RIDGES = (0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0)
+RIDGES = (0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0)
 
 
 class LeastSquares:
@@ -39,10 +39,12 @@ class LeastSquares:
     def solve(self, processes: Processes) -> Tensor:
         """X^T [out, width]. Once: the sums are lost, as there may be no memory for more of them."""
         processes.add_up(self.sums)
-        systems = [(symmetrize(sums[:, : len(sums)]), sums[:, len(sums) :]) for sums in self.sums]
+        systems = [(sums[:, : len(sums)], sums[:, len(sums) :]) for sums in self.sums]
         ridge = self.ridge
         if ridge is None:  # no ridge is so small that single precision would not do to compare them
-            ridge = held_out_ridge([(gram.float(), toward.float()) for gram, toward in systems], RIDGES) / 2
+            fitted, held_out = [(gram.float(), toward.float()) for gram, toward in systems]
+            symmetrize(held_out[0])
+            ridge = held_out_ridge([(fitted, held_out)], RIDGES) / 2
         gram, toward = systems[0]
         for more, beside in systems[1:]:
             gram += more

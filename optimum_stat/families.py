@@ -254,5 +254,6 @@ def _norm_first(family: Family, config: Any) -> bool:
 def check_finite(model: nn.Module) -> None:
     """Raise if a weight is NaN or infinite, naming it."""
     for name, parameter in model.named_parameters():
-        if parameter.device.type != "meta" and not torch.isfinite(parameter).all():
+        held = parameter.numel() > 0 and parameter.device.type != "meta"
+        if held and not torch.isfinite(torch.stack(parameter.aminmax())).all():  # a tenth of the time that all take
             raise ValueError(f"{name} holds NaN or infinite values; a model with broken weights cannot be pruned.")

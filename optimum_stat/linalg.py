@@ -16,6 +16,9 @@ from torch import Tensor
 
 OUTPUTS = 64  # or random sums of them, enough to compare a few ridges
 CORNER = 256  # of a matrix, copied at once when it is made symmetric: copies of larger ones leave the processor's caches
+System = tuple[Tensor, Tensor]
+"""(z^T z, z^T y)."""
+PANEL = 192  # rows of a Cholesky factor that are made at once
 CHUNK = 2048  # rows whose products may be summed in single precision before they enter a double precision total
 
 
@@ -96,21 +99,21 @@ def damped_diagonal(gram: Tensor, ridge: float) -> Tensor:
     return diagonal + (ridge * diagonal + floor)
 
 
-def held_out_ridge(halves: Sequence[tuple[Tensor, Tensor]], ridges: Sequence[float]) -> float:
-    """The one of `ridges` with which the solution from one half of the data is best on the other half, and the other way round.
+def held_out_ridge(folds: Sequence[tuple[System, System]], ridges: Sequence[float]) -> float:
+    """The one of `ridges` with which the solution from a part of the data is best on another part, over all such pairs.
 
-    halves: (G, C) = (z^T z, z^T y) of two halves of the tokens; a solution is `X = (G + ridge diag G)^-1 C`, and what it loses
-    on the other half is `||z X - y||^2 = <X, G X - 2 C>` and a constant. Of very many outputs y, random sums are fitted. The
+    folds: of each part (G, C) = (z^T z, z^T y); the solution from the first is `X = (G + ridge diag G)^-1 C`, and what it loses
+    on the second is `||z X - y||^2 = <X, G X - 2 C>` and a constant. Of very many outputs y, random sums are fitted. The
     loss falls and then rises with the ridge, so that the search goes downhill from the one in the middle.
     """
-    outputs = halves[0][1].shape[1]
+    outputs = folds[0][0][1].shape[1]
     sums = torch.eye(outputs) if outputs <= OUTPUTS else torch.randn(outputs, OUTPUTS, generator=torch.Generator().manual_seed(0))
-    few = [(gram, toward @ sums.to(toward)) for gram, toward in halves]
+    few = [[(gram, toward @ sums.to(toward)) for gram, toward in fold] for fold in folds]
 
     @functools.cache
     def lost(ridge: float) -> float:
         total = 0.0
-        for (gram, toward), (other_gram, other_toward) in (few, few[::-1]):
+        for (gram, toward), (other_gram, other_toward) in few:
             found = solve_psd(damped(gram, ridge), toward)
             total += float((found * (other_gram @ found - 2 * other_toward)).sum())
         return total
@@ -137,37 +140,54 @@ def least_squares_map(gram: Tensor, keep: Tensor, ridge: float = 0.0) -> Tensor:
 
 
 def cholesky(matrix: Tensor) -> Tensor:
-    """Lower Cholesky factor of a positive semi-definite matrix.
+    """Lower Cholesky factor of a positive semi-definite matrix, of which what stands below the diagonal is not read.
 
     One that rounding has made indefinite (fewer tokens than columns, products in single precision) is replaced by the nearest
     one whose eigenvalues are at least as large as the rounding errors show to be: the size of its most negative one.
     """
-    count = len(matrix)
-    if matrix.device.type == "cpu" and count % 256 == 0:  # rows so far apart meet in the processor's cache: half the speed
-        grown = torch.eye(count + 8, dtype=matrix.dtype)
-        grown[:count, :count] = matrix
-        factor, info = torch.linalg.cholesky_ex(grown)
-        factor = factor[:count, :count]
-    else:
-        factor, info = torch.linalg.cholesky_ex(matrix)
-    if int(info) == 0:
+    factor = _factor(matrix)
+    if factor is not None:
         return factor
     if not torch.isfinite(matrix).all():
         raise ValueError(f"A Gram matrix must be finite; this one, {list(matrix.shape)}, is not.")
-    values, vectors = torch.linalg.eigh(matrix)
+    values, vectors = torch.linalg.eigh(matrix, UPLO="U")
     values = values.clamp_min(max(-float(values[0]), float(values[-1]) * 1e-12))
     upper = torch.linalg.qr(values.sqrt()[:, None] * vectors.T).R
     return (upper * torch.where(upper.diagonal() < 0, -1, 1)[:, None]).T
 
 
+def _factor(matrix: Tensor) -> Tensor | None:
+    """Lower Cholesky factor of a positive definite matrix, None of others. Only what stands on and above the diagonal is read.
+
+    On a CPU large ones go by panels, for matrix products do most of the work then: LAPACK's own takes up to twice as long.
+    """
+    if matrix.device.type != "cpu" or len(matrix) <= 512:
+        factor, info = torch.linalg.cholesky_ex(matrix.mT)
+        return None if int(info) else factor
+    upper = matrix.clone(memory_format=torch.contiguous_format)
+    for start in range(0, len(upper), PANEL):
+        stop = min(start + PANEL, len(upper))
+        rows, above = upper[start:stop, start:], upper[:start, start:]
+        rows.addmm_(above[:, : stop - start].T, above, alpha=-1)
+        corner, info = torch.linalg.cholesky_ex(rows[:, : stop - start].mT)
+        if int(info):
+            return None
+        rows[:, : stop - start] = corner.T
+        rows[:, stop - start :] = torch.linalg.solve_triangular(corner, rows[:, stop - start :], upper=False)
+    return upper.triu_().T
+
+
 def solve_psd(matrix: Tensor, right: Tensor) -> Tensor:
-    """`matrix^-1 right` for a symmetric positive semi-definite matrix; its null space, if any, is left out."""
-    factor, info = torch.linalg.cholesky_ex(matrix)
-    if int(info) == 0:
+    """`matrix^-1 right` for a symmetric positive semi-definite matrix, of which what stands below the diagonal is not read.
+
+    Its null space, if any, is left out.
+    """
+    factor = _factor(matrix)
+    if factor is not None:
         # cholesky_solve gives the same bits, from a copy of the factor: of models as large as memory, that is too much
         half = torch.linalg.solve_triangular(factor, right, upper=False)
         return torch.linalg.solve_triangular(factor.mT, half, upper=True)
-    values, vectors = torch.linalg.eigh(matrix)
+    values, vectors = torch.linalg.eigh(matrix, UPLO="U")
     inverse = torch.where(values > values[-1] * len(values) * torch.finfo(matrix.dtype).eps, 1 / values, 0)
     return vectors @ (inverse[:, None] * (vectors.T @ right))
 

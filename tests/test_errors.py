@@ -20,7 +20,7 @@ from torch.nn.utils import parametrizations, prune
 from transformers import PreTrainedModel
 
 from optimum_stat import FisherConfig, STATConfig, STATPruner
-from optimum_stat.families import find_blocks, find_groups
+from optimum_stat.families import check_finite, find_blocks, find_groups
 
 TEXT = ["w5 w6 w7 w8 w9"] * 8
 
@@ -222,6 +222,12 @@ def test_broken_weights(family: str, value: float):
     with torch.no_grad():
         weight.view(-1)[3] = value
     refuse(f"{name} holds NaN or infinite values", batches(), model)
+
+
+def test_weights_without_entries_are_not_broken():
+    model = tiny("bert")
+    model.nothing = torch.nn.Parameter(torch.empty(0))
+    check_finite(model)
 
 
 @pytest.mark.parametrize("metric", ["stream", "fisher"])

@@ -104,6 +104,33 @@ def test_solve_psd_leaves_the_null_space_out() -> None:
     torch.testing.assert_close(linalg.solve_psd(matrix, right), expected)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("width", [512, 513, 576, 769])
+def test_large_matrices_are_factored_by_panels(width: int, dtype: torch.dtype) -> None:
+    """Also parts of wider ones; what stands below the diagonal is not read."""
+    z = _randn(width, 3 * width, width)
+    matrix = z.T @ z / (3 * width)
+    wanted, right = torch.from_numpy(scipy.linalg.cholesky(matrix.numpy(), lower=True)), _randn(1, width, 3)
+    wide = torch.cat([matrix.triu() + torch.full_like(matrix, torch.nan).tril(-1), right], dim=1).to(dtype)
+    upper, tolerance = wide[:, :width], torch.finfo(dtype).eps * 1e2
+    factor = linalg.cholesky(upper)
+    torch.testing.assert_close(factor.double(), wanted, rtol=0, atol=tolerance)
+    assert not factor.triu(1).any()
+    found = linalg.solve_psd(upper, right.to(dtype)).double()
+    torch.testing.assert_close(matrix @ found, right, rtol=0, atol=10 * tolerance)
+    assert torch.equal(upper.triu(), matrix.triu().to(dtype)), "the matrix itself is not overwritten"
+
+
+def test_large_matrices_that_are_not_definite() -> None:
+    """In a later panel, or in the first: what the null space leaves is solved, and the nearest definite one is factored."""
+    for dead in (0, 100):
+        root = torch.cat([torch.zeros(300, dead, dtype=torch.float64), _randn(0, 300, 600 - dead)], dim=1)
+        matrix, right = root.T @ root, root.T @ _randn(1, 300, 2)
+        torch.testing.assert_close(matrix @ linalg.solve_psd(matrix.triu(), right), right, rtol=1e-8, atol=1e-6)
+        factor = linalg.cholesky(matrix - 1e-3 * torch.eye(600, dtype=torch.float64))
+        torch.testing.assert_close(factor @ factor.T, matrix, rtol=0, atol=3e-3)
+
+
 def test_damped_is_relative_to_each_column() -> None:
     gram = torch.tensor([[1e6, 2.0, 0.0], [2.0, 1e-3, 0.0], [0.0, 0.0, 0.0]], dtype=torch.float64)
     result = linalg.damped(gram, 0.1)

@@ -194,8 +194,8 @@ class _Moments:
 
 def _change(halves: list[tuple[Tensor, Tensor]]) -> Tensor:
     """Factors less 1, from all tokens, with the ridge that does best from one half of the tokens to the other."""
-
-    ridge = held_out_ridge([(normal, rest[:, None]) for normal, rest in halves], RIDGES)
+    systems = [(normal, rest[:, None]) for normal, rest in halves]
+    ridge = held_out_ridge([(systems[0], systems[1]), (systems[1], systems[0])], RIDGES)
     (first, first_rest), (second, second_rest) = halves
     return solve_psd(damped(first + second, ridge), (first_rest + second_rest)[:, None])[:, 0]
 

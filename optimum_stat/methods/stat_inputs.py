@@ -39,7 +39,7 @@ def inputs_of(
             return
         add_to_gram(grams[group.name], z)
         if group.name in sums:
-            sums[group.name] += torch.cat([z.sum(0, dtype=torch.float64), z.new_tensor([len(z)], dtype=torch.float64)])
+            sums[group.name] += torch.cat([z.sum(0), z.new_tensor([len(z)])])  # of as few as one product of the Gram matrix has
 
     walk.run(index, groups, add, advance)
     walk.processes.add_up(*grams.values(), *sums.values())
