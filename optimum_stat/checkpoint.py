@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import errno
 import json
-import shutil
 import tempfile
 import warnings
 from collections.abc import Iterator
@@ -16,11 +14,10 @@ import torch
 import transformers
 from huggingface_hub import HfApi, get_token
 from huggingface_hub.errors import HfHubHTTPError, HTTPError  # the latter is that of its HTTP library, whichever it is
-from safetensors import SafetensorError
 from torch import nn
 from transformers import MODEL_FOR_CTC_MAPPING, AutoConfig, AutoProcessor, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from . import card, remote_code
+from . import card, folders, remote_code
 from .blocks import find_blocks, modalities
 from .offload import free_at_once, is_offloaded, reading_copies
 from .processes import Processes
@@ -30,7 +27,6 @@ from .structure import KEY, describe
 if TYPE_CHECKING:
     from .pruner import Pruner
 
-RECIPE = "stat_recipe.json"
 # Of what the repo held before, these would be loaded instead of or beside the new weights, if the sharding differs.
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "model-?????-of-?????.safetensors")
 TASKS = {
@@ -85,7 +81,7 @@ def _source(path: str) -> str | None:
 
 
 def save(pruner: Pruner[Any], folder: Path, **kwargs: Any) -> None:
-    """Everything of a pruned model into a new or empty folder; written beside it and renamed at the end.
+    """Everything of a pruned model into a new or empty folder, where it appears at the end, as a whole.
 
     Of several processes the main one writes, and the others wait for it.
     """
@@ -95,11 +91,11 @@ def save(pruner: Pruner[Any], folder: Path, **kwargs: Any) -> None:
 
 
 def _save(pruner: Pruner[Any], folder: Path, **kwargs: Any) -> None:
-    folder = folder.resolve()  # of a link, the folder that it points to
-    _refuse_full_folder(folder)
+    folder = folders.target(folder)
+    folders.refuse_full(folder, "written")
     check_record(pruner.model)
-    with _written_beside(folder) as beside:
-        write_repo(pruner, beside, folder.name, **kwargs)
+    with folders.written_as_a_whole(folder) as half:
+        write_repo(pruner, half, folder.name, **kwargs)
 
 
 def push(pruner: Pruner[Any], repo_id: str, **kwargs: Any) -> str:
@@ -166,12 +162,15 @@ def write_repo(pruner: Pruner[Any], folder: Path, name: str, public: bool = Fals
             pruner.model.save_pretrained(folder, **{**shard_size(pruner.model), **kwargs})
     finally:
         del pruner.model.config.auto_map
+    for weights in folder.glob("*.safetensors"):  # safetensors 0.8 keeps all other users out of these, whatever the umask says
+        with suppress(PermissionError):  # some network disks have no modes to change
+            weights.chmod((folder / "config.json").stat().st_mode)
     if pruner.tokenizer is not None:
         pruner.tokenizer.save_pretrained(folder)
     recipe = make_recipe(pruner)
     if public and recipe["base_model"] and not card.is_hub_id(recipe["base_model"]):
         recipe["base_model"] = f"./{Path(recipe['base_model']).name}"
-    (folder / RECIPE).write_text(json.dumps(recipe, indent=2) + "\n")
+    (folder / folders.RECIPE).write_text(json.dumps(recipe, indent=2) + "\n")
     card.write(folder, recipe, name, pruner.paper)
 
 
@@ -244,42 +243,3 @@ def _forget_gguf(model: Any) -> None:
     for name in ("hf_quantizer", "quantization_method"):
         model.__dict__.pop(name, None)
     del model.config.quantization_config
-
-
-def _refuse_full_folder(folder: Path) -> None:
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise FileExistsError(f"{folder} exists and is not an empty folder; nothing was written. Choose another place.")
-
-
-@contextmanager
-def _written_beside(folder: Path) -> Iterator[Path]:
-    """A temporary neighbour of `folder` that becomes `folder` if all goes well and vanishes if not."""
-    folder = folder.absolute()
-    missing = [parent for parent in folder.parents if not parent.exists()]
-    beside = folder
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        beside = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
-        beside.chmod(0o755)  # mkdtemp makes it private; a model folder is not
-        yield beside
-        if folder.exists() and folder.samefile(Path.cwd()):  # whoever stands in it is to find it there
-            for part in beside.iterdir():
-                part.rename(folder / part.name)
-            beside.rmdir()
-            return
-        if folder.exists():
-            folder.rmdir()
-        beside.rename(folder)
-    except BaseException as error:
-        if beside != folder:
-            shutil.rmtree(beside, ignore_errors=True)
-        for parent in missing:
-            with suppress(OSError):
-                parent.rmdir()
-        if isinstance(error, (OSError, SafetensorError)):
-            raise OSError(
-                getattr(error, "errno", None) or errno.EIO,
-                f"Nothing was written to {folder}, and the model in memory is unharmed: {error}. "
-                "Make room or choose another place.",
-            ) from error
-        raise

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-import os
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any, final
 
-from . import command_data, command_options, command_training, command_values
+from . import command_data, command_options, command_training, command_values, folders
 from .command_base import LOGGER, Command, Result, WrongArguments, check_model, device, loading
 from .command_resume import Unfinished
 
@@ -43,7 +43,7 @@ class PruneCommand(Command):
         args = self.args
         left = Unfinished.of(args.output, resume=args.resume)
         if not left.written:
-            check_output(args.output)
+            check_output(args.output, left.half_written())
         check_model(args.model)
         command_data.check(args.dataset)
         repo_id = _repo_id(args)
@@ -74,13 +74,12 @@ def pruner_and_data(args: Any, method: Any, config: Any) -> tuple[Any, dict[str,
     return pruner, {"dataset": dataset, "text_columns": command_data.text_columns(args), "label_column": args.label_column}
 
 
-def check_output(folder: Path) -> None:
-    """Before hours of work: a folder that exists must be empty, and one that does not must be possible."""
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise FileExistsError(f"{folder} exists and is not an empty folder; nothing was done. Choose another place.")
-    above = next(parent for parent in folder.absolute().parents if parent.exists())
-    if not above.is_dir() or not os.access(above, os.W_OK):
-        raise PermissionError(f"{folder} cannot be made: {above} is not a folder that can be written to.")
+def check_output(folder: Path, besides: Collection[Path] = ()) -> None:
+    """Before hours of work: a folder that exists must be empty, `besides` apart, and one that does not must be possible."""
+    folders.refuse_full(folder, "done", besides)
+    place = folders.nearest(folder)
+    if not folders.is_writable(place):
+        raise PermissionError(f"{folder} cannot be made: {place} is not a folder that can be written to.")
 
 
 def _repo_id(args: Any) -> str | None:

@@ -5,11 +5,12 @@ from __future__ import annotations
 import re
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from . import folders
 from .command_base import LOGGER, MAIN
 
 
@@ -30,7 +31,7 @@ class Unfinished:
         Raises:
             FileExistsError: something is there, and the user does not want to go on with it.
         """
-        found = cls(output, resume, resume and (output / "stat_recipe.json").is_file() and _folder(output).exists())
+        found = cls(output, resume, resume and (output / folders.RECIPE).is_file() and _folder(output).exists())
         if found.folder.exists() and not _is_ours(found.folder):
             raise FileExistsError(
                 f"{found.folder} is in the way: what is finished would be kept there, and it holds something else. Nothing was "
@@ -52,7 +53,12 @@ class Unfinished:
         """For `prune`: to write down what is finished, if it can be done or the user insists."""
         from .calibration import unjournaled
 
-        return {"resume_from_checkpoint": self.folder} if self.resume or unjournaled(pruner) is None else {}
+        if not self.resume and unjournaled(pruner) is not None:
+            return {}
+        if not self.resume and not folders.is_writable(folders.nearest(self.folder)):
+            LOGGER.warning("%s cannot be made, so this run cannot be resumed if it is stopped.", self.folder)
+            return {}
+        return {"resume_from_checkpoint": self.folder}
 
     @contextmanager
     def at_work(self) -> Iterator[None]:
@@ -69,15 +75,23 @@ class Unfinished:
             raise
         self._remove()
 
+    def half_written(self) -> list[Path]:
+        """The folders that the run that was stopped left half-written; they may go."""
+        return folders.half_written(self.output) if self.resume else []
+
     def clear_half_written(self) -> None:
-        """Half-written folders that a killed run of this command left beside OUTPUT."""
-        if self.resume and MAIN:
-            for folder in self.output.parent.glob(f".{self.output.name}-????????"):
-                shutil.rmtree(folder, ignore_errors=True)
+        """Delete them."""
+        for folder in self.half_written() if MAIN else ():
+            shutil.rmtree(folder, ignore_errors=True)
 
     def _remove(self) -> None:
-        if MAIN:
-            shutil.rmtree(self.folder, ignore_errors=True)
+        """The folder, or the link to it: where that leads is the user's."""
+        if not MAIN or not self.folder.exists():
+            return
+        for own in self.folder.iterdir():
+            shutil.rmtree(own, ignore_errors=True)
+        with suppress(OSError):  # somebody else's disk may be mounted there
+            self.folder.unlink() if self.folder.is_symlink() else self.folder.rmdir()
 
 
 def _is_ours(folder: Path) -> bool:

@@ -14,7 +14,7 @@ from typing import Any
 from huggingface_hub import hf_hub_download, try_to_load_from_cache
 from transformers.utils.logging import tqdm
 
-from . import checkpoint
+from . import checkpoint, folders
 from .evaluation import Data, Measured, cosine, measure
 from .families import task_of
 from .rows import Rows
@@ -159,9 +159,9 @@ def base_model(model: str, revision: str | None) -> str | None:
 def _recipe(model: str, revision: str | None) -> dict[str, Any]:
     """Empty if the model was not pruned by us, or not as a whole."""
     try:
-        path = Path(model) / checkpoint.RECIPE
+        path = Path(model) / folders.RECIPE
         if not Path(model).is_dir():
-            path = Path(hf_hub_download(model, checkpoint.RECIPE, revision=revision))
+            path = Path(hf_hub_download(model, folders.RECIPE, revision=revision))
         found = json.loads(path.read_text())
     except (OSError, ValueError):
         return {}

@@ -40,7 +40,7 @@ class HaltedPasses:
             caller.switch(z)
             if weight(group.consumer).shape[1] == z.shape[-1]:
                 return None
-            return z.flatten(0, -2).index_select(1, columns).view(*z.shape[:-1], -1)  # of rows: a third of the time
+            return z.flatten(0, -2).index_select(1, columns).view(*z.shape[:-1], len(columns))  # of rows: a third of the time
 
         with on_consumer_input([group], wait):
             yield (each.switch() for each in self._passes)

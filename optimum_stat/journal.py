@@ -1,8 +1,8 @@
 """What a run has finished, in a folder, so that the same run can go on after it was killed.
 
 An entry is some files of tensors (safetensors), written beside and renamed, and a line in journal.json with their checksums,
-written in the same way. A run makes its entries always in the same order, so what counts of a damaged journal is its longest
-intact beginning; the rest is done again.
+written in the same way, with a checksum of its own. A run makes its entries always in the same order, so what counts of a
+damaged journal is its longest intact beginning; the rest is done again.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from torch import Tensor
 
 from .processes import Processes
 
-FORMAT = 3
+FORMAT = 4
 INDEX = "journal.json"
 OURS = re.compile(rf"\d{{6,}}-\d{{3,}}\.(safetensors|part)|{re.escape(INDEX)}.*")
 PROCESS = re.compile(r"\d+-of-\d+")
@@ -113,7 +113,7 @@ class Journal:
             return
         try:
             files = dict(_write(self.folder, len(self._entries), tensors))
-            self._entries[self.chapter + key] = {"files": files, "note": note, "replaces": replaces}
+            self._entries[self.chapter + key] = {"files": files, "note": note, "replaces": replaces, "complete": complete}
             if complete:
                 self._settle()
         except (OSError, SafetensorError) as error:
@@ -146,7 +146,8 @@ class Journal:
     def _write(self, entries: Mapping[str, Any]) -> None:
         assert self.folder is not None
         beside = self.folder / f"{INDEX}.part"
-        beside.write_text(json.dumps({"format": FORMAT, "run": self.run, "entries": entries}))
+        content = {"format": FORMAT, "run": self.run, "entries": entries}
+        beside.write_text(json.dumps({**content, "checksum": _checksum(content)}))
         beside.replace(self.folder / INDEX)
 
     def _take(self, entries: Mapping[str, Any], processes: Processes) -> None:
@@ -173,11 +174,14 @@ def _agreed(processes: Processes, entries: Mapping[str, Any], count: int) -> int
 
 
 def _closed(entries: Mapping[str, Any], count: int) -> int:
-    """The largest number of first entries, at most `count`, of which none was replaced by one that is not among them."""
+    """The largest number of first entries, at most `count`, that count without the next, and without what replaced them."""
     keys = list(entries)
     replaced_by = {entry["replaces"]: at for at, entry in enumerate(entries.values()) if entry["replaces"]}
-    while lost := [at for at in range(count) if entries[keys[at]].get("gone") and replaced_by.get(keys[at], count) >= count]:
-        count = lost[0]
+    while count:
+        lost = [at for at in range(count) if entries[keys[at]].get("gone") and replaced_by.get(keys[at], count) >= count]
+        if not lost and entries[keys[count - 1]]["complete"]:
+            break
+        count = min([*lost, count - 1])
     return count
 
 
@@ -186,7 +190,12 @@ def _read(path: Path) -> dict[str, Any] | None:
         found = json.loads(path.read_text())
     except (OSError, ValueError):
         return None
-    return found if isinstance(found, dict) and found.get("format") == FORMAT else None
+    whole = isinstance(found, dict) and found.pop("checksum", None) == _checksum(found)
+    return found if whole and found.get("format") == FORMAT else None
+
+
+def _checksum(content: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
 
 def _intact(folder: Path, entry: Mapping[str, Any]) -> bool:

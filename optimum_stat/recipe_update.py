@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from . import card, checkpoint
+from . import card, folders
 
 
 def enter(folder: Path, metrics: Sequence[Mapping[str, Any]] = (), **values: Any) -> None:
@@ -19,14 +19,14 @@ def enter(folder: Path, metrics: Sequence[Mapping[str, Any]] = (), **values: Any
     """
     from .methods import METHODS
 
-    recipe = json.loads((folder / checkpoint.RECIPE).read_text())
+    recipe = json.loads((folder / folders.RECIPE).read_text())
     new = {(metric["name"], metric["dataset"]): metric for metric in metrics if metric["value"] is not None}
     recipe["metrics"] = [m for m in recipe["metrics"] if (m["name"], m["dataset"]) not in new] + list(new.values())
     recipe |= {name: value for name, value in values.items() if value}
     paper = next((method.paper for method in METHODS if method.method == recipe["method"]), None)
     if paper is None:
-        raise ValueError(f"{folder / checkpoint.RECIPE} names method {recipe['method']!r}, which this optimum-stat lacks.")
+        raise ValueError(f"{folder / folders.RECIPE} names method {recipe['method']!r}, which this optimum-stat lacks.")
     card.write(folder, recipe, folder.absolute().name, paper)
-    beside = folder / f".{checkpoint.RECIPE}.new"
+    beside = folder / f".{folders.RECIPE}.new"
     beside.write_text(json.dumps(recipe, indent=2) + "\n", "utf-8")
-    os.replace(beside, folder / checkpoint.RECIPE)
+    os.replace(beside, folder / folders.RECIPE)

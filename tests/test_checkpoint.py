@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -57,7 +58,6 @@ def equal(model: Any, other: Any) -> bool:
 def test_what_is_written(folder: Path):
     assert sorted(path.name for path in folder.iterdir()) == sorted([*FILES, *TOKENIZER, "generation_config.json", "pictures"])
     assert [path.name for path in folder.parent.iterdir()] == ["pruned"]
-    assert folder.stat().st_mode & 0o777 == 0o755
     assert "# pruned\n" in (folder / "README.md").read_text()
     assert b"pickle" not in b"".join(path.read_bytes() for path in folder.iterdir() if path.suffix == ".py")
 
@@ -217,6 +217,47 @@ def test_an_empty_folder_and_a_link_to_one_are_filled(pruner: STATPruner, tmp_pa
         assert equal(AutoModelForCausalLM.from_pretrained(tmp_path / name), pruner.model)
     assert (tmp_path / "link").is_symlink()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["deep", "empty", "link", "target"]
+
+
+@pytest.mark.parametrize("name", ["new", "there"])
+@pytest.mark.parametrize("mask", [0o027, 0o002])
+def test_who_may_read_it_is_for_the_user_to_say(mask: int, name: str, pruner: STATPruner, tmp_path: Path):
+    """By the umask, or the mode of the folder that is there."""
+    (tmp_path / "there").mkdir(mode=0o711)
+    before = os.umask(mask)
+    try:
+        pruner.save_pretrained(tmp_path / name)
+    finally:
+        os.umask(before)
+    assert (tmp_path / name).stat().st_mode & 0o777 == (0o711 if name == "there" else 0o777 & ~mask)
+    assert {path.stat().st_mode & 0o777 for path in (tmp_path / name).iterdir() if path.is_file()} == {0o666 & ~mask}
+
+
+def test_a_folder_that_cannot_be_replaced_is_filled(pruner: STATPruner, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """As a mounted one, or one in a folder of others, cannot be."""
+    (tmp_path / "mount").mkdir()
+    before = (tmp_path / "mount").stat()
+
+    def busy(self: Path, *_: Any) -> None:
+        assert tmp_path not in (self.parent, self), f"{self} is not ours to change"
+
+    with monkeypatch.context() as patch:
+        for name in ("rmdir", "mkdir", "rename"):
+            plain = getattr(Path, name)
+            patch.setattr(Path, name, lambda self, *args, _plain=plain, **kwargs: busy(self) or _plain(self, *args, **kwargs))
+        pruner.save_pretrained(tmp_path / "mount")
+    assert (tmp_path / "mount").stat().st_ino == before.st_ino
+    assert not list((tmp_path / "mount").glob(".*"))
+    assert equal(AutoModelForCausalLM.from_pretrained(tmp_path / "mount"), pruner.model)
+
+
+def test_the_recipe_comes_last_into_a_folder_that_is_there(pruner: STATPruner, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """With it, a run that was killed counts as written."""
+    moved, plain = [], Path.rename
+    monkeypatch.setattr(Path, "rename", lambda self, to: moved.append(Path(to).name) or plain(self, to))
+    pruner.save_pretrained(tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(moved)
+    assert moved[-1] == "stat_recipe.json"
 
 
 def test_the_folder_at_hand_is_filled_and_stays(pruner: STATPruner, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

@@ -470,6 +470,39 @@ def test_what_is_no_progress_of_a_run_is_left_alone(
     assert (tmp_path / "out.resume" / "mine").exists()
 
 
+def test_only_what_was_left_half_written_is_deleted(folders: dict[str, str], tmp_path: Path) -> None:
+    """Beside the folder, and in it; whose name is no pattern."""
+    own = [".m[1]-12345678.half-written", "m[1]/.m[1]-90abcdef.half-written"]
+    others = [".m[1]-original", ".m[1]-backup01", ".m1-12345678.half-written"]
+    for name in (*own, *others):
+        (tmp_path / name / "deep").mkdir(parents=True)
+    main(["prune", str(tmp_path / "m[1]"), "-m", folders["encoder"], "--quiet", "--resume"])
+    assert {path.name for path in tmp_path.iterdir()} == {"m[1]", *others}
+    assert all((tmp_path / name / "deep").is_dir() for name in others)
+    assert not list((tmp_path / "m[1]").glob(".*"))
+
+
+def test_progress_behind_a_link_goes_and_the_user_s_folder_stays(folders: dict[str, str], tmp_path: Path) -> None:
+    (tmp_path / "big disk").mkdir()
+    (tmp_path / "out.resume").symlink_to("big disk")
+    main(["prune", str(tmp_path / "out"), "-m", folders["encoder"], "--quiet", "--resume"])
+    assert {path.name for path in tmp_path.iterdir()} == {"out", "big disk"}
+    assert not list((tmp_path / "big disk").iterdir())
+
+
+def test_a_folder_in_a_place_of_others(
+    folders: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It can be filled, and beside it nothing can be written down."""
+    (tmp_path / "out").mkdir()
+    monkeypatch.setattr(os, "access", lambda path, *_: Path(path) != tmp_path)
+    main(["prune", str(tmp_path / "out"), "-m", folders["encoder"]])
+    assert f"{tmp_path / 'out.resume'} cannot be made, so this run cannot be resumed" in capsys.readouterr().err
+    assert (tmp_path / "out" / "model.safetensors").is_file()
+    monkeypatch.setattr(os, "access", lambda *_: False)
+    assert "cannot be made" in fails(capsys, 1, "prune", str(tmp_path / "new"), "-m", folders["encoder"])
+
+
 def test_a_method_that_trains_into_the_folder_at_hand(
     folders: dict[str, str],
     data: dict[str, str],
@@ -505,6 +538,9 @@ def test_a_full_folder_is_refused_before_anything_is_loaded(tmp_path: Path, caps
     line = fails(capsys, 1, "prune", str(tmp_path / "out"), "-m", "./there/is/no/model")
     assert f"{tmp_path / 'out'} exists and is not an empty folder" in line
     assert "cannot be made" in fails(capsys, 1, "prune", str(tmp_path / "out" / "mine" / "deep"), "-m", "./no/model")
+    (tmp_path / "loop").symlink_to("loop")
+    assert "is not an empty folder" in fails(capsys, 1, "prune", str(tmp_path / "loop"), "-m", "./no/model")
+    assert "cannot be made" in fails(capsys, 1, "prune", str(tmp_path / "loop" / "deep"), "-m", "./no/model")
 
 
 def test_files_that_cannot_be_written_are_refused_before_the_work(

@@ -312,6 +312,13 @@ def test_what_exists_is_not_overwritten(name: str, pruner: STATPruner, unharmed:
         pruner.save_pretrained(unharmed / name)
 
 
+def test_a_link_that_leads_nowhere(pruner: STATPruner, unharmed: Path):
+    (unharmed / "loop").symlink_to("loop")
+    with pytest.raises(FileExistsError, match=r"loop exists and is not an empty folder; nothing was written"):
+        pruner.save_pretrained(unharmed / "loop")
+    (unharmed / "loop").unlink()
+
+
 def test_a_file_where_a_folder_should_be(pruner: STATPruner, unharmed: Path):
     with pytest.raises(OSError, match=r"Nothing was written to .*file/inside"):
         pruner.save_pretrained(unharmed / "file" / "inside")

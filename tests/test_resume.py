@@ -153,6 +153,39 @@ def test_damage_is_noticed_and_done_again(damage: str, which: int, tmp_path: Pat
     assert same(pruned("stat", "llama", tmp_path), expected)
 
 
+@pytest.mark.parametrize(
+    "run", [pytest.param(run, marks=() if run == "fisher" else pytest.mark.full) for run in RUNS if "values" not in run]
+)
+def test_of_a_block_that_is_half_lost_nothing_counts(run: str, tmp_path: Path, stop_after: Callable[[int], None]) -> None:
+    """Whatever the last file held, and whatever was written before it that counts only together with it."""
+    expected, entries = pruned(run, "bert"), 2
+    while True:
+        stop_after(entries)
+        try:
+            pruned(run, "bert", tmp_path / str(entries))
+            break
+        except Stop:
+            pass
+        max((tmp_path / str(entries)).rglob("*.safetensors")).unlink()
+        stop_after(1000)
+        assert same(pruned(run, "bert", tmp_path / str(entries)), expected), entries
+        entries += 1
+    assert entries >= 6
+
+
+def test_an_index_that_is_odd_is_a_damaged_one(tmp_path: Path) -> None:
+    """Well-formed JSON, and a journal by its looks: the run starts anew."""
+    expected = pruned("stat", "llama", tmp_path)
+    (index,) = tmp_path.rglob(INDEX)
+    whole = json.loads(index.read_text())
+    without_files = {name: {"note": None} for name in whole["entries"]}
+    odd: tuple[dict[str, Any], ...] = ({"run": None}, {"entries": []}, {"entries": without_files}, {"checksum": None})
+    for change in odd:
+        index.write_text(json.dumps({**whole, **change}))
+        assert same(pruned("stat", "llama", tmp_path), expected)
+        assert json.loads(index.read_text()) == whole
+
+
 def test_what_somebody_else_keeps_in_the_folder_stays(tmp_path: Path) -> None:
     pruned("stat", "llama", tmp_path)
     (own,) = tmp_path.iterdir()
@@ -231,6 +264,15 @@ def test_the_journal_keeps_what_others_may_still_need(tmp_path: Path) -> None:
     (path,) = [path for path in tmp_path.rglob("000001-000.safetensors")]
     path.write_bytes(b"")
     assert not Journal.open(tmp_path, {"a": 1}, ALONE)._entries, "what the first entry was replaced by is lost, so both are"
+
+
+def test_what_counts_only_with_the_next_goes_with_it(tmp_path: Path) -> None:
+    journal = Journal.open(tmp_path, {}, ALONE)
+    for key, complete in (("first", True), ("second", False), ("third", False), ("fourth", True)):
+        journal.keep(key, {"x": torch.arange(5)}.items(), complete=complete)
+    max(tmp_path.rglob("*.safetensors")).unlink()
+    assert list(Journal.open(tmp_path, {}, ALONE)._entries) == ["first"]
+    assert len(list(tmp_path.rglob("*.safetensors"))) == 1
 
 
 def test_large_entries_are_written_and_read_in_pieces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
