@@ -16,6 +16,7 @@ from transformers.models.auto import modeling_auto
 from . import plots, remote_code
 from .config import PruningConfig
 from .families import task_of_class
+from .hub import is_hub_id, shown
 
 
 @dataclass(frozen=True)
@@ -70,6 +71,7 @@ def render(recipe: dict[str, Any], repo_id: str, paper: Paper, pictures: Sequenc
     """The card's text. `recipe` is what `recipe.make_recipe` returns, or `stat_recipe.json` read back; `pictures`: which of
     `plots.drawings` lie beside it.
     """
+    recipe = recipe | {"base_model": shown(recipe["base_model"])}
     report = recipe["report"]
     task = task_of_class(recipe["architecture"])
     data = ModelCardData(
@@ -110,11 +112,6 @@ def render(recipe: dict[str, Any], repo_id: str, paper: Paper, pictures: Sequenc
         macs_ratio=report["pruned"]["block_macs"] / report["dense"]["block_macs"],
     )
     return str(card)
-
-
-def is_hub_id(source: str | None) -> bool:
-    """Whether a source is a name on the Hub and not a folder."""
-    return source is not None and source.count("/") <= 1 and not source.startswith((".", "/", "~"))
 
 
 def _asks(config: dict[str, Any]) -> dict[str, Any]:

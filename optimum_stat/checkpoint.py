@@ -2,23 +2,24 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import tempfile
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, suppress
+from inspect import signature
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 import transformers
-from huggingface_hub import HfApi, get_token
-from huggingface_hub.errors import HfHubHTTPError, HTTPError  # the latter is that of its HTTP library, whichever it is
+from safetensors import SafetensorError
 from torch import nn
 from transformers import MODEL_FOR_CTC_MAPPING, AutoConfig, AutoProcessor, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from . import card, folders, remote_code
 from .blocks import find_blocks, modalities
+from .hub import Destination, shown
 from .offload import free_at_once, is_offloaded, reading_copies
 from .processes import Processes
 from .recipe import make_recipe
@@ -27,8 +28,6 @@ from .structure import KEY, describe
 if TYPE_CHECKING:
     from .pruner import Pruner
 
-# Of what the repo held before, these would be loaded instead of or beside the new weights, if the sharding differs.
-WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "model-?????-of-?????.safetensors")
 TASKS = {
     "audio-classification": "AutoModelForAudioClassification",
     "automatic-speech-recognition": "AutoModelForSpeechSeq2Seq",
@@ -60,7 +59,7 @@ def load(
         _forget_gguf(model_or_path)
         if is_offloaded(model_or_path):
             free_at_once()
-        return model_or_path, tokenizer, _source(getattr(model_or_path, "name_or_path", ""))
+        return model_or_path, tokenizer, source_of(getattr(model_or_path, "name_or_path", ""))
     path = str(model_or_path)
     if path.endswith(".gguf"):  # as recipes and cards name it, see the return value
         path, _, kwargs["gguf_file"] = path.rpartition("/")
@@ -71,10 +70,10 @@ def load(
         free_at_once()
     if tokenizer is None:
         tokenizer = _tokenizer(path, shared, AutoTokenizer if modalities(model) == ("text",) else AutoProcessor)
-    return model, tokenizer, _source("/".join(filter(None, (path, kwargs.get("gguf_file")))))
+    return model, tokenizer, source_of("/".join(filter(None, (path, kwargs.get("gguf_file")))))
 
 
-def _source(path: str) -> str | None:
+def source_of(path: str) -> str | None:
     """Where a model came from; a folder is written so that nobody takes it for a Hub id."""
     is_plain_folder = bool(path) and not path.startswith((".", "/", "~")) and Path(path).exists()
     return f"./{path}" if is_plain_folder else path or None
@@ -90,7 +89,9 @@ def save(pruner: Pruner[Any], folder: Path, **kwargs: Any) -> None:
     processes.wait()
 
 
-def _save(pruner: Pruner[Any], folder: Path, **kwargs: Any) -> None:
+def _save(pruner: Pruner[Any], folder: Path, *, push_to_hub: bool = False, **kwargs: Any) -> None:
+    if push_to_hub:  # transformers would push the weights alone, without what loads them
+        raise ValueError("save_pretrained(push_to_hub=True) asked; push with push_to_hub(repo_id). Nothing was saved or pushed.")
     folder = folders.target(folder)
     folders.refuse_full(folder, "written")
     check_record(pruner.model)
@@ -98,9 +99,17 @@ def _save(pruner: Pruner[Any], folder: Path, **kwargs: Any) -> None:
         write_repo(pruner, half, folder.name, **kwargs)
 
 
-def push(pruner: Pruner[Any], repo_id: str, **kwargs: Any) -> str:
-    """Upload what `save` writes in one commit, from the main process; returns its address. kwargs: see `Pruner.push_to_hub`."""
-    return Processes.launched().as_main(lambda: _push(pruner, repo_id, **kwargs))
+def push(pruner: Pruner[Any], repo_id: str, **options: Any) -> str:
+    """Upload what `save` writes in one commit, from the main process; returns its address. options: those of `_push`.
+
+    Raises:
+        TypeError: an option that there is not. It may have been meant to keep the repo private.
+    """
+    known = [each.name for each in signature(_push).parameters.values() if each.kind is each.KEYWORD_ONLY]
+    unknown = [name for name in options if name not in known]
+    if unknown:
+        raise TypeError(f"push_to_hub has no option {unknown[0]}; it has {', '.join(known)}. Nothing was pushed.")
+    return Processes.launched().as_main(lambda: _push(pruner, repo_id, **options))
 
 
 def _push(
@@ -108,51 +117,35 @@ def _push(
     repo_id: str,
     *,
     private: bool | None = None,
-    token: str | None = None,
+    token: str | bool | None = None,
     commit_message: str | None = None,
     revision: str | None = None,
     create_pr: bool = False,
-    **kwargs: Any,
+    max_shard_size: int | str | None = None,
+    variant: str | None = None,
 ) -> str:
-    """kwargs: of `model.save_pretrained`."""
-    if (token or get_token()) is None:
-        raise ValueError(f"Pushing to {repo_id} needs a token: run `hf auth login`, set HF_TOKEN, or pass token=.")
     check_record(pruner.model)
-    api = HfApi(token=token)
-    with tempfile.TemporaryDirectory() as folder:
-        with _reported(repo_id, api):
-            repo = api.create_repo(repo_id, private=private, exist_ok=True)
-            if private and not api.model_info(repo.repo_id).private:
-                raise ValueError(f"{repo.repo_id} exists and is public; private=True asked, so nothing was pushed to it.")
-        write_repo(pruner, Path(folder), repo.repo_id, public=True, **kwargs)
-        with _reported(repo_id, api):
-            commit = api.upload_folder(
-                repo_id=repo.repo_id,
-                folder_path=folder,
-                commit_message=commit_message or f"Pruned with optimum-stat ({pruner.method})",
-                revision=revision,
-                create_pr=create_pr,
-                delete_patterns=list(WEIGHTS),
+    to = Destination.checked(repo_id, private=private, token=token)
+    form = {"max_shard_size": max_shard_size, "variant": variant}
+    with ExitStack() as stack:
+        try:  # before the repo is made, which would be left empty
+            folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+            write_repo(
+                pruner, folder, to.repo_id, public=True, **{key: value for key, value in form.items() if value is not None}
             )
-    return str(commit.commit_url)
-
-
-@contextmanager
-def _reported(repo_id: str, api: HfApi) -> Iterator[None]:
-    """Say what a failed request means for the repo and the model."""
-    try:
-        yield
-    except (HfHubHTTPError, HTTPError, OSError) as error:
-        raise ConnectionError(
-            f"Pushing to {repo_id} at {api.endpoint} failed: {error}. The repo is as it was before, at most newly "
-            "made; the model is unharmed. Try again, or keep it with save_pretrained(folder)."
-        ) from error
+        except (OSError, SafetensorError) as error:
+            raise OSError(
+                getattr(error, "errno", None) or errno.EIO,
+                f"Nothing was pushed to {to.repo_id}, and the model in memory is unharmed: what is to be pushed could not be "
+                f"written to the folder for temporary files: {error}. Make room, or set TMPDIR to a folder that has it.",
+            ) from error
+        return to.upload(folder, commit_message or f"Pruned with optimum-stat ({pruner.method})", revision, create_pr)
 
 
 def write_repo(pruner: Pruner[Any], folder: Path, name: str, public: bool = False, **kwargs: Any) -> None:
     """Weights, config, tokenizer, recipe, remote-code loader and card; `name` is what the card calls it.
 
-    What is `public` does not tell where on this machine a local base model lies, only what its folder is called.
+    Where on this machine a local base model lies stands in the recipe, for `evaluate`, unless it is `public`.
     """
     auto_map = remote_code.write(pruner.model, folder)
     pruner.model.config.auto_map = auto_map
@@ -168,8 +161,8 @@ def write_repo(pruner: Pruner[Any], folder: Path, name: str, public: bool = Fals
     if pruner.tokenizer is not None:
         pruner.tokenizer.save_pretrained(folder)
     recipe = make_recipe(pruner)
-    if public and recipe["base_model"] and not card.is_hub_id(recipe["base_model"]):
-        recipe["base_model"] = f"./{Path(recipe['base_model']).name}"
+    if public:
+        recipe["base_model"] = shown(recipe["base_model"])
     (folder / folders.RECIPE).write_text(json.dumps(recipe, indent=2) + "\n")
     card.write(folder, recipe, name, pruner.paper)
 

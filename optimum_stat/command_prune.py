@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import shlex
 from collections.abc import Collection
 from pathlib import Path
 from typing import Any, final
 
 from . import command_data, command_options, command_training, command_values, folders
-from .command_base import LOGGER, Command, Result, WrongArguments, check_model, device, loading
+from .command_base import LOGGER, MAIN, Command, Result, WrongArguments, check_model, device, loading
 from .command_resume import Unfinished
 
 
@@ -55,7 +56,7 @@ class PruneCommand(Command):
             if not left.written:
                 left.clear_half_written()
                 pruner.save_pretrained(args.output)
-            url = pruner.push_to_hub(repo_id, private=args.private or None) if repo_id else None
+            url = _pushed(pruner, repo_id, args) if repo_id else None
         name = type(pruner.model).__name__
         load = f'import optimum_stat; from transformers import {name}; model = {name}.from_pretrained("{args.output}")'
         lines = [str(pruner.report), f"saved in {args.output}", *([f"pushed: {url}"] if url else []), "", load]
@@ -88,11 +89,29 @@ def _repo_id(args: Any) -> str | None:
         if args.private:
             raise WrongArguments("--private asked without --push-to-hub.")
         return None
-    from huggingface_hub import get_token
+    from .hub import Destination
 
-    if get_token() is None:
-        raise ValueError("--push-to-hub needs a token: run `hf auth login` or set HF_TOKEN. Nothing was done.")
-    return args.push_to_hub or args.output.absolute().name
+    name: str = args.push_to_hub or args.output.absolute().name
+    if MAIN:
+        try:
+            Destination.checked(name, private=args.private)
+        except (ValueError, ConnectionError) as error:
+            own = "" if args.push_to_hub else f" {name!r} is OUTPUT's name; --push-to-hub takes another."
+            raise type(error)(f"{error}{own} Nothing was done.") from error
+    return name
+
+
+def _pushed(pruner: Any, repo_id: str, args: Any) -> str:
+    """The commit's address. Whatever goes wrong, hours of work are saved and can be pushed later."""
+    try:
+        return str(pruner.push_to_hub(repo_id, private=args.private or None))
+    except Exception as error:
+        from .hub import shown
+
+        # the recipe says where on this machine the base model lies
+        without = [] if shown(pruner.source) == pruner.source else ["--exclude", folders.RECIPE]
+        command = ["hf", "upload", repo_id, str(args.output), *(["--private"] if args.private else []), *without]
+        raise RuntimeError(f"{error} The model is saved: `{shlex.join(command)}` pushes it.") from error
 
 
 def method_and_config(args: Any) -> tuple[Any, Any]:

@@ -243,7 +243,7 @@ class Pruner(ABC, Generic[C]):
         checkpoint.save(self, Path(folder), **kwargs)
 
     def push_to_hub(self, repo_id: str, **kwargs: Any) -> str:
-        """Push what `save_pretrained` writes to the Hub; the commit's address. `kwargs`: private, token, revision, create_pr."""
+        """Push it; where it is. `kwargs`: private, token, commit_message, revision, create_pr, max_shard_size, variant."""
         return checkpoint.push(self, repo_id, **kwargs)
 
     def _start(

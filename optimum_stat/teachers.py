@@ -10,13 +10,14 @@ from transformers import PreTrainedModel
 
 from . import checkpoint
 from .families import task_of
+from .hub import shown
 
 
 def name_of(asked: str | Path | PreTrainedModel | None) -> str | None:
-    """How a report calls the teacher; None: it is the dense model."""
+    """How a report calls the teacher, of a folder by what the folder is called; None: it is the dense model."""
     if isinstance(asked, PreTrainedModel):
-        return asked.name_or_path or type(asked).__name__
-    return None if asked is None else str(asked)
+        return shown(checkpoint.source_of(asked.name_or_path)) or type(asked).__name__
+    return None if asked is None else shown(checkpoint.source_of(str(asked)))
 
 
 def teacher_for(model: PreTrainedModel, asked: str | Path | PreTrainedModel | None) -> Any:

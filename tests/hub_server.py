@@ -1,6 +1,6 @@
 """A Hugging Face Hub on 127.0.0.1: what the real clients need to push, look up and load model repos.
 
-Supported: public and private model repos with one branch, `main`. Not supported: pull requests, tags, large file
+Supported: public and private model repos with branches. Not supported: pull requests, tags, large file
 storage. Every file travels base64 inside its commit, so neither LFS nor Xet takes part.
 """
 
@@ -28,10 +28,12 @@ _FOREIGN_SETTINGS = re.compile("(HF_|HUGGING|TRANSFORMERS_).*|.*_proxy", re.IGNO
 class HubServer:
     """A Hub for as long as the `with` block lasts; clients are separate processes started with `client_env`."""
 
-    def __init__(self, user: str = "user", token: str = "hf_of_the_test_user") -> None:
+    def __init__(self, user: str = "user", token: str = "hf_of_the_test_user", role: str = "write") -> None:
         self.user = user
+        self.role = role
         self.token = token
         self.fail_commits = False  # the connection breaks in the middle of every commit, nothing is stored
+        self.commit_answer: bytes | None = None  # commits are stored and answered with this; empty: the answer is lost
         self.cut_next_download_at: int | None = None  # the next download breaks after this many bytes, only that one
         self.requests: list[str] = []  # "GET /path", and the Range header where there was one
         self.repos: dict[str, Repo] = {}
@@ -84,11 +86,13 @@ class Repo:
     repo_id: str
     private: bool
     history: list[Commit]
+    branches: dict[str, list[Commit]] = field(default_factory=dict)  # all but main
 
     def at(self, revision: str = "main") -> Commit:
-        for commit in reversed(self.history):
-            if revision in ("main", commit.sha):
-                return commit
+        for name, history in {"main": self.history, **self.branches}.items():
+            for commit in reversed(history):
+                if revision in (name, commit.sha):
+                    return commit
         raise _HubError(404, f"Invalid rev id: {revision}", "RevisionNotFound")
 
 
@@ -153,7 +157,7 @@ class _Handler(BaseHTTPRequestHandler):
         raise _HubError(401, "Invalid username or password.", "RepoNotFound")
 
     def whoami(self) -> None:
-        auth = {"type": "access_token", "accessToken": {"displayName": "test", "role": "write"}}
+        auth = {"type": "access_token", "accessToken": {"displayName": "test", "role": self.hub.role}}
         self._json({"type": "user", "name": self.hub.user, "orgs": [], "auth": auth})
 
     def create(self) -> None:
@@ -183,8 +187,9 @@ class _Handler(BaseHTTPRequestHandler):
         self._json({"_id": "0", "id": repo.repo_id, "sha": commit.sha, "siblings": siblings, **flags})
 
     def refs(self, repo: Repo) -> None:
-        main = {"name": "main", "ref": "refs/heads/main", "targetCommit": repo.at().sha}
-        self._json({"branches": [main], "tags": [], "converts": []})
+        names = ("main", *repo.branches)
+        branches = [{"name": name, "ref": f"refs/heads/{name}", "targetCommit": repo.at(name).sha} for name in names]
+        self._json({"branches": branches, "tags": [], "converts": []})
 
     def tree(self, repo: Repo, revision: str, path: str = "") -> None:
         files = repo.at(revision).files
@@ -203,16 +208,25 @@ class _Handler(BaseHTTPRequestHandler):
         common = {"uploadMode": "regular", "shouldIgnore": False}
         self._json({"files": [{"path": path, "oid": oids.get(path), **common} for path in paths]})
 
+    def branch(self, repo: Repo, revision: str) -> None:
+        if revision in ("main", *repo.branches):
+            raise _HubError(409, f"Reference {revision} exists already")
+        repo.branches[revision] = [repo.at()]
+        self._json({})
+
     def commit(self, repo: Repo, revision: str) -> None:
-        if revision != "main" or "create_pr" in self.query:
-            raise _HubError(400, f"This Hub takes commits to main only, not to {revision!r}, and no pull requests")
+        if revision not in ("main", *repo.branches) or "create_pr" in self.query:
+            raise _HubError(400, f"This Hub takes commits to branches only, not to {revision!r}, and no pull requests")
         header, *changes = map(json.loads, self.body.splitlines())
         with self.hub.lock:
-            files = dict(repo.at().files)
+            files = dict(repo.at(revision).files)
             for change in changes:
                 _apply(files, change["key"], change["value"])
             commit = Commit(header["value"]["summary"], files)
-            repo.history.append(commit)
+            repo.branches.get(revision, repo.history).append(commit)
+        if self.hub.commit_answer is not None:
+            self.close_connection = not self.hub.commit_answer
+            return self._send(200, self.hub.commit_answer, {}) if self.hub.commit_answer else None
         url = f"{self.hub.endpoint}/{repo.repo_id}/commit/{commit.sha}"
         self._json({"success": True, "commitOid": commit.sha, "commitUrl": url, "hookOutput": ""})
 
@@ -284,6 +298,7 @@ _ROUTES = (  # method (GET is HEAD too), path, who may: anybody, with the token,
     ("GET", f"{_MODEL}/refs", "read", _Handler.refs),
     ("GET", f"{_MODEL}/tree/{_REVISION}(?:/(?P<path>.+))?", "read", _Handler.tree),
     ("POST", f"{_MODEL}/preupload/{_REVISION}", "write", _Handler.preupload),
+    ("POST", f"{_MODEL}/branch/{_REVISION}", "write", _Handler.branch),
     ("POST", f"{_MODEL}/commit/{_REVISION}", "write", _Handler.commit),
     ("GET", f"{_MODEL}(?:/revision/{_REVISION})?", "read", _Handler.info),
     ("GET", f"/(?P<repo>[^/]+(?:/[^/]+)?)/resolve/{_REVISION}/(?P<path>.+)", "read", _Handler.resolve),

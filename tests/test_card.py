@@ -193,10 +193,22 @@ def test_rare_heads_are_loaded_by_what_there_is(folder: Path, name: str, loaded_
     assert f"\nmodel = {loaded_by}.from_pretrained(" in card
 
 
-@pytest.mark.parametrize("source", ["/home/me/models/bert", "./bert", "../models/bert", "a/b/model.gguf"])
-def test_a_folder_is_no_base_model_and_no_link(folder: Path, source: str):
+@pytest.mark.parametrize(
+    ("source", "shown"),
+    [
+        ("/home/me/models/bert", "./bert"),
+        ("./bert", "./bert"),
+        ("../models/bert", "./bert"),
+        ("~/models/my bert", "./my bert"),
+        ("my bert", "./my bert"),
+        (r"C:\Users\me\bert", "./bert"),
+        ("/home/me/model.gguf", "./model.gguf"),
+        ("a/b/model.gguf", "a/b/model.gguf"),
+    ],
+)
+def test_a_folder_is_no_base_model_and_no_link_and_only_its_name_is_shown(folder: Path, source: str, shown: str):
     card = render(recipe_of(folder) | {"base_model": source}, "small", PAPERS["stat"])
-    assert f"`{source}`, pruned" in card
+    assert f"`{shown}`, pruned" in card
     assert "huggingface.co" not in card
     assert "base_model" not in ModelCard(card).data.to_dict()
 

@@ -277,12 +277,16 @@ def server() -> Iterator[HubServer]:
         yield hub
 
 
-def client(server: HubServer, code: str, home: Path, *arguments: object, **environ: str) -> Any:
-    """Run `code` in a process of its own, because `HF_ENDPOINT` is read at import; returns what it prints last, as JSON."""
+def run_client(server: HubServer, code: str, home: Path, *arguments: object) -> subprocess.CompletedProcess[str]:
+    """Run `code` in a process of its own, because `HF_ENDPOINT` is read at import."""
     start = f"import json, sys\nsys.path.insert(0, {str(Path(__file__).parent)!r})\n"
-    env = {**server.client_env(home), **environ}
     command = [sys.executable, "-c", start + code, *map(str, arguments)]
-    done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
+    return subprocess.run(command, env=server.client_env(home), capture_output=True, text=True, check=False)
+
+
+def client(server: HubServer, code: str, home: Path, *arguments: object) -> Any:
+    """What a process that runs `code` prints last, as JSON."""
+    done = run_client(server, code, home, *arguments)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout.splitlines()[-1])
 
@@ -397,7 +401,7 @@ def test_pushed_models_load_from_the_hub(how: str, pushed: dict[str, Any], serve
 def test_tokens_that_are_missing_or_wrong_are_named(pushed: dict[str, Any], server: HubServer):
     assert pushed["no token"].startswith("ValueError: Pushing to user/open needs a token: run `hf auth login`")
     assert pushed["wrong token"].startswith(f"ConnectionError: Pushing to user/open at {server.endpoint} failed: ")
-    assert "401" in pushed["wrong token"]
+    assert "Invalid user token" in pushed["wrong token"]
     assert "The repo is as it was before" in pushed["wrong token"]
     assert server.commits("user/open") == ["initial commit", "half of it"]
     assert pushed["usable"]
@@ -413,7 +417,7 @@ def test_a_lost_connection_leaves_the_repo_and_the_model_as_they_were(pushed: di
         server.fail_commits = False
     assert found["type"] == "ConnectionError"
     assert f"Pushing to user/open at {server.endpoint} failed: " in found["text"]
-    assert "keep it with save_pretrained(folder)" in found["text"]
+    assert "keep the model with save_pretrained(folder)" in found["text"]
     assert found["same"]
     assert server.files("user/open") == before
     assert equal(AutoModelForCausalLM.from_pretrained(tmp_path / "kept"), AutoModelForCausalLM.from_pretrained(tmp_path / "kept"))

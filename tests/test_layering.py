@@ -17,7 +17,7 @@ from optimum_stat.family_table import FAMILIES
 
 PACKAGE = Path(optimum_stat.__file__).parent
 LAYERS = (
-    {"linalg", "family_table", "few_values", "config", "autoload", "processes", "activations", "progress", "coherence"},
+    {"linalg", "family_table", "few_values", "config", "autoload", "processes", "activations", "progress", "coherence", "hub"},
     {"experts", "offload", "elimination"},
     {"few_pairs"},
     {"anatomy", "journal"},

@@ -1,0 +1,219 @@
+"""Pushing: what is refused before any work, what is replaced, what does not leave this machine, what a failure leaves."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hub_server import Commit, HubServer, Repo
+from test_checkpoint import client, run_client, tokenizer
+from tiny import tiny
+
+from optimum_stat import MovementConfig, MovementPruner
+
+START = """
+import torch
+from test_checkpoint import pruner_of
+torch.set_num_threads(1)
+pruner, found = pruner_of("llama"), {}
+
+def attempt(name, **options):
+    try:
+        found[name] = pruner.push_to_hub("user/" + name, **options)
+    except Exception as error:
+        found[name] = f"{type(error).__name__}: {error}"
+
+"""
+REFUSED = """
+attempt("typo", privat=True)
+attempt("token", token=" hf_of_the_test_user\\n")
+attempt("split", token="hf_SECRET hf_SECRET")
+attempt("foreign", token="hf_SECRETé")
+attempt("empty", token=" ")
+attempt("nobody", token=False)
+attempt("no name")
+attempt("é")
+attempt("public", private=True)
+try:
+    pruner.save_pretrained(sys.argv[1], push_to_hub=True, repo_id="user/saved")
+except Exception as error:
+    found["saved"] = f"{type(error).__name__}: {error}"
+import resource
+limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+resource.setrlimit(resource.RLIMIT_FSIZE, (9000, limits[1]))
+attempt("full")
+resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+print(json.dumps(found))
+"""
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[HubServer]:
+    with HubServer() as hub:
+        yield hub
+
+
+def test_what_is_refused_makes_no_repo(server: HubServer, tmp_path: Path):
+    server.repos["user/public"] = Repo("user/public", False, [Commit("seed", {})])
+    found = client(server, START + REFUSED, tmp_path / "home", tmp_path / "saved")
+    assert "/commit/" in found["token"]  # with blanks around it
+    assert not [said for said in found.values() if "SECRET" in said]
+    says = {
+        "typo": "TypeError: push_to_hub has no option privat; it has private, token, commit_message, ",
+        "split": "ValueError: Pushing to user/split needs a token, and what was given has characters in it that none has.",
+        "foreign": "ValueError: Pushing to user/foreign needs a token, and what was given has characters in it that none has.",
+        "empty": "ValueError: Pushing to user/empty needs a token: ",
+        "nobody": "ValueError: Pushing to user/nobody needs a token: ",
+        "no name": "HFValidationError: Repo id must ",
+        "é": "HFValidationError: Repo id must ",
+        "public": "ValueError: user/public exists and is public; private=True asked, so nothing was pushed to it.",
+        "saved": "ValueError: save_pretrained(push_to_hub=True) asked; push with push_to_hub(repo_id).",
+        "full": "OSError: [Errno 27] Nothing was pushed to user/full, and the model in memory is unharmed: ",
+    }
+    assert {name: found[name][: len(begin)] for name, begin in says.items()} == says
+    assert not (tmp_path / "saved").exists()
+    assert not {"user/typo", "user/full", "user/saved"} & server.repos.keys()
+    assert server.commits("user/public") == ["seed"]
+
+
+def test_a_token_that_can_only_read_is_told_before_the_work(tmp_path: Path):
+    with HubServer(role="read") as hub:
+        found = client(hub, START + 'attempt("read")\nprint(json.dumps(found))', tmp_path)
+        assert found["read"] == "ValueError: Pushing to user/read needs a token that can write, and this one can only read."
+        assert not hub.repos
+
+
+def test_an_adapter_goes_with_the_other_weights_and_a_new_branch_is_made(server: HubServer, tmp_path: Path):
+    adapter = {"adapter_config.json": b"{}", "adapter_model.safetensors": b"", "notes.txt": b"mine"}
+    for name in ("adapter", "branch"):
+        server.repos[f"user/{name}"] = Repo(f"user/{name}", False, [Commit("seed", adapter)])
+    code = 'attempt("adapter")\nattempt("branch", revision="small")\nattempt("branch", revision="small", variant="fp16")\n'
+    found = client(server, START + code + "print(json.dumps(found))", tmp_path)
+    assert "/commit/" in found["adapter"]
+    assert "/commit/" in found["branch"]
+    branch = server.repos["user/branch"]
+    assert server.commits("user/branch") == ["seed"]
+    assert len(branch.branches["small"]) == 3
+    assert "model.fp16.safetensors" in branch.at("small").files
+    for files in (server.files("user/adapter"), branch.at("small").files):
+        assert "stat_recipe.json" in files
+        assert [name for name in files if name in adapter] == ["notes.txt"]
+
+
+@pytest.mark.parametrize(("answer", "why"), [(b"", ""), (b"{}", "KeyError: 'commitUrl'"), (b"<html>", "JSONDecodeError")])
+def test_a_commit_that_arrived_without_an_answer_is_told(server: HubServer, tmp_path: Path, answer: bytes, why: str):
+    server.commit_answer = answer
+    name = f"odd{len(answer)}"
+    try:
+        found = client(server, START + f"attempt({name!r})\nprint(json.dumps(found))", tmp_path)
+    finally:
+        server.commit_answer = None
+    said = found[name]
+    assert said.startswith(f"ConnectionError: Pushing to user/{name} at {server.endpoint} failed: {why}")
+    assert f"But the repo has a new commit, {server.repos[f'user/{name}'].at().sha}: " in said
+    assert "as it was before" not in said
+
+
+def test_where_models_lie_on_this_machine_is_not_published(server: HubServer, tmp_path: Path):
+    """The card of a saved folder does not tell either; its recipe has the base model's folder, which `evaluate` reads."""
+    home = tmp_path / "SECRET" / "dense"
+    tiny("bert", "SequenceClassification").save_pretrained(home)
+    tokenizer().save_pretrained(home)
+    code = """
+from test_checkpoint import tokenizer
+from test_hub import trained
+pruner = trained(sys.argv[1])
+pruner.save_pretrained(sys.argv[2])
+print(json.dumps(pruner.push_to_hub("user/trained")))
+"""
+    client(server, code, tmp_path / "home", home, tmp_path / "saved")
+    files = server.files("user/trained")
+    assert [name for name, content in files.items() if b"SECRET" in content] == []
+    recipe = json.loads(files["stat_recipe.json"])
+    assert (recipe["base_model"], recipe["report"]["training"]["teacher"]) == ("./dense", "./dense")
+    assert b"`./dense`, pruned" in files["README.md"]
+    assert b"- Teacher: ./dense" in files["README.md"]
+    kept = {path.name: path.read_text("utf-8", "replace") for path in (tmp_path / "saved").iterdir() if path.is_file()}
+    assert [name for name, content in kept.items() if "SECRET" in content] == ["stat_recipe.json"]
+    assert json.loads(kept["stat_recipe.json"])["base_model"] == str(home)
+    assert kept["stat_recipe.json"].count("SECRET") == 1
+
+
+def trained(folder: str) -> Any:
+    rows = [{"text": f"w{i % 9 + 2} w{i % 5 + 2} w{i % 7 + 2}", "label": i % 2} for i in range(24)]
+    pruner = MovementPruner.from_pretrained(folder, MovementConfig(keep=0.6))
+    pruner.prune(rows, training_args={"max_steps": 2}, teacher=folder)
+    return pruner
+
+
+COMMANDS = """
+import os
+from huggingface_hub import constants
+from optimum_stat.commands import main
+
+def run(*argv):
+    try:
+        main(["prune", *argv, "-m", sys.argv[1], "--keep", "0.6", "--quiet"])
+    except SystemExit as end:
+        return end.code
+
+os.chdir(sys.argv[2])
+codes = [run("my model", "--push-to-hub"), run("out", "--push-to-hub", "a/b/c")]
+codes.append(run("out", "--push-to-hub", "public", "--private"))
+constants.HF_HUB_OFFLINE = True
+codes.append(run("out", "--push-to-hub"))
+constants.HF_HUB_OFFLINE = False
+os.environ["HF_TOKEN"] = "hf_wrong"
+codes.append(run("out", "--push-to-hub"))
+print(json.dumps([codes, os.listdir()]))
+"""
+
+
+def test_the_command_asks_the_hub_before_the_work(server: HubServer, tmp_path: Path):
+    server.repos["user/public"] = Repo("user/public", False, [Commit("seed", {})])
+    (tmp_path / "at").mkdir()
+    done = run_client(server, COMMANDS, tmp_path / "home", "user/nothing", tmp_path / "at")
+    assert json.loads(done.stdout.splitlines()[-1]) == [[1] * 5, []]
+    says = (
+        "'my model' is OUTPUT's name; --push-to-hub takes another. Nothing was done.",
+        "Repo id must be in the form 'repo_name' or 'namespace/repo_name': 'a/b/c'",
+        "user/public exists and is public; private=True asked, so nothing was pushed to it. Nothing was done.",
+        "offline mode is enabled",
+        "Invalid user token.",
+    )
+    lines = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert [part in line for part, line in zip(says, lines, strict=True)] == [True] * 5, lines
+
+
+@pytest.mark.parametrize("method", ["stat", "movement"])
+def test_a_push_that_fails_after_the_work_says_how_to_push_what_is_saved(server: HubServer, tmp_path: Path, method: str):
+    home, out, name = tmp_path / "SECRET" / "dense", tmp_path / "out", f"user/{method}"
+    tiny("bert", "SequenceClassification").save_pretrained(home)
+    tokenizer().save_pretrained(home)
+    (tmp_path / "data.csv").write_text("text,label\n" + "".join(f"w{i % 9 + 2} w{i % 5 + 2} w3,{i % 2}\n" for i in range(24)))
+    training = ["--training-args", "max_steps=2"] if method == "movement" else []
+    asked = ["-m", str(home), "-d", str(tmp_path / "data.csv"), "--keep", "0.6", "--method", method, *training]
+    argv = ["prune", str(out), "--push-to-hub", name, "--private", *asked]
+    code = "from optimum_stat.commands import main\nmain(sys.argv[1:])"
+    server.fail_commits = True
+    try:
+        done = run_client(server, code, tmp_path / "home", *argv)
+    finally:
+        server.fail_commits = False
+    assert done.returncode == 1
+    line = done.stderr.splitlines()[-1]
+    assert f"Pushing to {name} at {server.endpoint} failed: " in line
+    command = shlex.split(line.partition("The model is saved: `")[2].partition("` pushes it")[0])
+    assert command == ["hf", "upload", name, str(out), "--private", "--exclude", "stat_recipe.json"]
+    hf = Path(sys.executable).parent / command[0]
+    subprocess.run([hf, *command[1:]], env=server.client_env(tmp_path / "home"), check=True, capture_output=True)
+    files = server.files(name)
+    assert files["model.safetensors"] == (out / "model.safetensors").read_bytes()
+    assert [each for each, content in files.items() if b"SECRET" in content] == []
+    assert server.is_private(name)
