@@ -68,7 +68,7 @@ def attentions(block: nn.Module) -> Iterator[Attention]:
         if out is None and path:
             out = at(block.get_submodule(path.rpartition(".")[0]), ATTENTION_OUT_BESIDE)
         if linears and out is not None:
-            around, cross = _enclosing(block, path), path.rpartition(".")[2] in CROSS_ATTENTION
+            around, cross = _enclosing(block, path), not set(CROSS_ATTENTION).isdisjoint(path.split("."))
             norm = first_of(around, NORM_BEFORE_CROSS if cross else NORM_BEFORE_ATTENTION)
             yield Attention(path, module, linears, out, around, norm, cross)
 

@@ -11,6 +11,7 @@ from .anatomy import attentions, inventory_of_model
 from .family_table import FAMILIES, Family
 
 TOKENS, OF_DECODER = "attention_mask", "decoder_attention_mask"
+KEY = "stat_pruning"  # of the record that a pruned model's config has
 
 
 @dataclass(frozen=True, eq=False)

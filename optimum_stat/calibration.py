@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from .blocks import is_causal, lacks_padding, reads_tokens_alone
+from .anatomy import attentions
+from .blocks import find_stacks, is_causal, lacks_padding, reads_tokens_alone
 from .config import PruningConfig
 from .data import Batches, make_batches
 from .families import task_of
@@ -85,6 +86,11 @@ def refuse_unprunable(model: nn.Module) -> None:
             f"The weights of this model are quantized ({getattr(method, 'value', method)}); pruning has to correct them. "
             "Load the unquantized model (or model.dequantize() where the method has it), prune it, then quantize the "
             "pruned model: the two compose in that order."
+        )
+    stacks = find_stacks(model)
+    if len(stacks) == 1 and any(found.cross for block in stacks[0].blocks for found in attentions(block)):
+        raise ValueError(
+            f"A {type(model).__name__} has attention that reads an encoder, but no encoder: prune the whole that it comes from."
         )
 
 

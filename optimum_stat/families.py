@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from .anatomy import Attention, Feed, at, attentions, feeds, first_of, inventory
 from .anatomy import outer_shape as outer_shape
 from .anatomy import weight as weight  # part of what this file offers
-from .blocks import Stack, find_stacks, stack_is_causal, unknown, width_of_head
+from .blocks import KEY, Stack, find_stacks, stack_is_causal, unknown, width_of_head
 from .blocks import applications_of as applications_of
 from .blocks import family_of as family_of
 from .blocks import find_blocks as find_blocks
@@ -92,7 +92,8 @@ def _groups(model: Any, position: int, stack: Stack, index: int, block: nn.Modul
     heads, neurons = list(attentions(block)), list(feeds(block))
     own = [each for each in heads if not each.cross]
     experts = [each for name, each in block.named_modules() if name.rpartition(".")[2] == EXPERTS]
-    cross = bool(getattr(model.config, "is_encoder_decoder", False))
+    # while one is built for itself out of a pruned whole, a decoder's config says that there is no encoder
+    cross = any(getattr(model.config, name, None) for name in ("is_encoder_decoder", KEY))
     makers = len(own) == 1 and len(heads) <= 1 + cross and len(neurons) <= 1 <= len(neurons) + len(experts)
     if not makers or not all(map(is_stacked, experts)):
         raise unknown(model, inventory(block))

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from . import calibration, checkpoint, experts, trunk
+from . import calibration, checkpoint, experts, timestamps, trunk
 from .budget import Cost, Ranking, allocate
 from .card import Paper
 from .config import PruningConfig
@@ -76,8 +76,7 @@ class Pruner(ABC, Generic[C]):
     ):
         """Use `from_pretrained`. `source` is the Hub id or folder the model came from.
 
-        While somebody else holds the model, its old weights are kept until pruning has succeeded, to put them back if it
-        does not; that needs memory for a second model.
+        While somebody else holds the model, its old weights are kept, to put them back if pruning fails: memory for two models.
         """
         calibration.refuse_unusable(type(self), model, config)
         find_groups(model, config.structures)  # an unknown family is refused here, before any data is read
@@ -192,6 +191,7 @@ class Pruner(ABC, Generic[C]):
             trunk.cut(self.model, shape.plan, batches)
             self.repair(find_groups(self.model, self.config.structures), plan, batches)
             slice_model(self.model, plan)
+            timestamps.renumber(self.model, shape.groups, plan)
         return shape.lines(groups, ranking, nats)
 
     @abstractmethod

@@ -13,19 +13,20 @@ from typing import Any
 import torch
 from torch import nn
 
+from .blocks import KEY as KEY
 from .blocks import find_stacks, width_of_head
 from .families import Group, family_of, find_groups, weight
 from .few_pairs import narrow_pairs
 from .few_values import kept_values, narrow_values
 from .head_dimensions import pairs_gone, queries_and_keys
+from .parts import HIDDEN as HIDDEN
+from .parts import own_part, recorded_groups, refuse_narrow_parts, refuse_paged_cache
 from .routers import counts, find_mixtures, keep_experts
 from .slicing import keep_heads, kept_heads, set_count, slice_group
 from .stream import narrow
 
-KEY = "stat_pruning"
 FORMAT = 1
 SIZES = ("heads", "key_value_heads", "neurons")
-HIDDEN = "hidden"  # dimensions of the residual stream: only where some went
 EXPERTS_LEFT = "experts"  # block by block, where there are some
 INEXACT = "inexact"  # groups whose units change with each of them that goes; for the reader
 VALUES = "values"  # dimensions of each key/value head's values, attention by attention (null: all): only where some went
@@ -78,6 +79,7 @@ def write_record(model: nn.Module) -> None:
         own = [(theirs, record[name]) for theirs, name in zip(names, SIZES, strict=True) if theirs]
         config.per_layer_config = {i: {name: sizes[i] for name, sizes in own} for i in range(config.num_hidden_layers)}
         _give_own_configs(find_groups(model))
+    refuse_paged_cache(model)
 
 
 def _write_parts(model: Any) -> None:
@@ -104,8 +106,8 @@ def replay(model: nn.Module) -> None:
         _narrow(model, record[HIDDEN])
     if EXPERTS_LEFT in record:
         _keep_experts(model, record[EXPERTS_LEFT])
-    groups = find_groups(model)
-    record = _own_part(model, record, groups)
+    groups = recorded_groups(model, record)
+    record = own_part(record, groups)
     by_structure = {structure: [group for group in groups if group.structure == structure] for structure in ("heads", "neurons")}
     for name in SIZES:
         own = by_structure["neurons" if name == "neurons" else "heads"]
@@ -122,9 +124,10 @@ def replay(model: nn.Module) -> None:
             keep_heads(group, next(own_heads))
     for group, size in zip(by_structure["neurons"], record["neurons"], strict=True):
         _cut(group, size)
-    _check_heads(find_groups(model), record)
-    _divide_heads([group for group in find_groups(model) if group.structure == "heads"], record)
-    _give_own_configs(find_groups(model))
+    _check_heads(recorded_groups(model, record), record)
+    _divide_heads([group for group in recorded_groups(model, record) if group.structure == "heads"], record)
+    _give_own_configs(recorded_groups(model, record))
+    refuse_paged_cache(model)
 
 
 def install() -> None:
@@ -142,22 +145,12 @@ def install() -> None:
             if type(self).__module__.startswith("transformers.models."):
                 # a re-save from the local class would name a remote-code file that it does not write
                 self.config.__dict__.pop("auto_map", None)
+        else:
+            refuse_narrow_parts(self)
         original(self)
 
     post_init._optimum_stat = True  # type: ignore[attr-defined]
     PreTrainedModel.post_init = post_init
-
-
-def _own_part(model: Any, record: dict[str, Any], groups: list[Group]) -> dict[str, Any]:
-    """What the record says of an encoder or a decoder that is built for itself: its first entries, or its last."""
-    if not getattr(model.config, "is_encoder_decoder", False) or len({group.stack for group in groups}) > 1:
-        return record
-    decoder, heads = any(group.context is not None for group in groups), [g for g in groups if g.structure == "heads"]
-    counts = dict.fromkeys(SIZES, len(heads)) | {"neurons": len(groups) - len(heads)}
-    counts |= {VALUES: len(heads), PAIRS: len(heads)}
-    counts[HEADS] = sum(group.biased is not None for group in groups)
-    own = {name: record[name][-count:] if decoder else record[name][:count] for name, count in counts.items() if name in record}
-    return {**record, **own}
 
 
 def _check_form(record: Any) -> None:
@@ -177,13 +170,22 @@ def _check_form(record: Any) -> None:
 
 
 def _narrow(model: Any, width: Any) -> None:
-    now = weight(find_groups(model)[0].consumer).shape[0]
+    groups = find_groups(model)
+    now = weight(groups[0].consumer).shape[0]
     if type(width) is not int or not 1 <= width <= now:
         raise ValueError(
             f"{KEY} in config.json records a residual stream of {width!r} dimensions; the dense model has {now}, so it must be a "
             f"whole number between 1 and {now}. Was config.json edited, or is it another model's?"
         )
-    narrow(model, torch.arange(width, device="cpu"))
+    try:
+        if any(group.context is not None for group in groups):
+            raise ValueError("It has attention that reads an encoder, which the pruned model had not.")
+        narrow(model, torch.arange(width, device="cpu"))
+    except ValueError as error:
+        raise ValueError(
+            f"A {type(model).__name__} cannot be loaded from this model, whose residual stream has {width} of its "
+            f"{model.config.hidden_size} dimensions: {error} Load the class that it was pruned as, or prune without 'hidden'."
+        ) from error
 
 
 def _keep_experts(model: Any, sizes: Any) -> None:
