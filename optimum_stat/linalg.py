@@ -14,10 +14,11 @@ import torch
 from scipy.linalg.lapack import dpstrf
 from torch import Tensor
 
-OUTPUTS = 64  # or random sums of them, enough to compare a few ridges
-CORNER = 256  # of a matrix, copied at once when it is made symmetric: copies of larger ones leave the processor's caches
 System = tuple[Tensor, Tensor]
 """(z^T z, z^T y)."""
+
+OUTPUTS = 64  # or random sums of them, enough to compare a few ridges
+CORNER = 256  # of a matrix, copied at once when it is made symmetric: copies of larger ones leave the processor's caches
 PANEL = 192  # rows of a Cholesky factor that are made at once
 CHUNK = 2048  # rows whose products may be summed in single precision before they enter a double precision total
 
