@@ -33,7 +33,7 @@ class HubServer:
         self.role = role
         self.token = token
         self.fail_commits = False  # the connection breaks in the middle of every commit, nothing is stored
-        self.commit_answer: bytes | None = None  # commits are stored and answered with this; empty: the answer is lost
+        self.commit_answers: dict[str, bytes] = {}  # by repo: commits are stored and answered so; empty: the answer is lost
         self.cut_next_download_at: int | None = None  # the next download breaks after this many bytes, only that one
         self.requests: list[str] = []  # "GET /path", and the Range header where there was one
         self.repos: dict[str, Repo] = {}
@@ -224,9 +224,10 @@ class _Handler(BaseHTTPRequestHandler):
                 _apply(files, change["key"], change["value"])
             commit = Commit(header["value"]["summary"], files)
             repo.branches.get(revision, repo.history).append(commit)
-        if self.hub.commit_answer is not None:
-            self.close_connection = not self.hub.commit_answer
-            return self._send(200, self.hub.commit_answer, {}) if self.hub.commit_answer else None
+        answer = self.hub.commit_answers.get(repo.repo_id)
+        if answer is not None:
+            self.close_connection = not answer
+            return self._send(200, answer, {}) if answer else None
         url = f"{self.hub.endpoint}/{repo.repo_id}/commit/{commit.sha}"
         self._json({"success": True, "commitOid": commit.sha, "commitUrl": url, "hookOutput": ""})
 

@@ -106,18 +106,14 @@ def test_an_adapter_goes_with_the_other_weights_and_a_new_branch_is_made(server:
         assert [name for name in files if name in adapter] == ["notes.txt"]
 
 
-@pytest.mark.parametrize(("answer", "why"), [(b"", ""), (b"{}", "KeyError: 'commitUrl'"), (b"<html>", "JSONDecodeError")])
-def test_a_commit_that_arrived_without_an_answer_is_told(server: HubServer, tmp_path: Path, answer: bytes, why: str):
-    server.commit_answer = answer
-    name = f"odd{len(answer)}"
-    try:
-        found = client(server, START + f"attempt({name!r})\nprint(json.dumps(found))", tmp_path)
-    finally:
-        server.commit_answer = None
-    said = found[name]
-    assert said.startswith(f"ConnectionError: Pushing to user/{name} at {server.endpoint} failed: {why}")
-    assert f"But the repo has a new commit, {server.repos[f'user/{name}'].at().sha}: " in said
-    assert "as it was before" not in said
+def test_a_commit_that_arrived_without_an_answer_is_told(server: HubServer, tmp_path: Path):
+    server.commit_answers = {"user/lost": b"", "user/odd": b"{}", "user/page": b"<html>"}
+    found = client(server, START + 'for each in ("lost", "odd", "page"):\n    attempt(each)\nprint(json.dumps(found))', tmp_path)
+    for name, why in (("lost", ""), ("odd", "KeyError: 'commitUrl'"), ("page", "JSONDecodeError")):
+        said = found[name]
+        assert said.startswith(f"ConnectionError: Pushing to user/{name} at {server.endpoint} failed: {why}")
+        assert f"But the repo has a new commit, {server.repos[f'user/{name}'].at().sha}: " in said
+        assert "as it was before" not in said
 
 
 def test_where_models_lie_on_this_machine_is_not_published(server: HubServer, tmp_path: Path):
