@@ -95,7 +95,7 @@ class Destination:
             return "A pull request may have been opened; else the repo is as it was before."
         try:
             now = self.api.model_info(self.repo_id, revision=revision).sha
-        except Exception:
+        except Exception:  # odd answers make the client raise anything
             return "Whether all of it arrived cannot be told, as the Hub does not answer: look at the repo."
         if now == before:
             return AS_BEFORE
@@ -122,10 +122,10 @@ def _refuse_public(repo_id: str, public: bool) -> None:
 
 @contextmanager
 def _explained(repo_id: str, api: HfApi, fate: Callable[[], str]) -> Iterator[None]:
-    """Say what a failed request means for the repo and the model. Odd answers make the client raise anything."""
+    """Say what a failed request means for the repo and the model."""
     try:
         yield
-    except Exception as error:
+    except Exception as error:  # odd answers make the client raise anything
         what = str(error) if isinstance(error, (OSError, HTTPError)) else f"{type(error).__name__}: {error}"
         raise ConnectionError(
             f"Pushing to {repo_id} at {api.endpoint} failed: {what.strip().rstrip('.')}. {fate()} The model is unharmed."
