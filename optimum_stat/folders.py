@@ -55,18 +55,20 @@ def written_as_a_whole(folder: Path) -> Iterator[Path]:
     replaced, nor one whose parent belongs to others, and whoever stands in it is to find the files there.
     """
     missing = [parent for parent in folder.parents if not parent.exists()]
-    inside = folder.exists()
+    inside, moved = folder.exists(), list[Path]()
     half = (folder if inside else folder.parent) / f".{folder.name}-{secrets.token_hex(4)}.{HALF}"
     try:
         half.mkdir(parents=True)
         yield half
         if inside:
             for part in sorted(half.iterdir(), key=lambda part: part.name == RECIPE):  # last, as it says that all is there
-                part.rename(folder / part.name)
+                moved.append(part.rename(folder / part.name))
             half.rmdir()
         else:
             half.rename(folder)
     except BaseException as error:
+        for part in moved:
+            part.rename(half / part.name)
         shutil.rmtree(half, ignore_errors=True)
         for parent in missing:
             with suppress(OSError):

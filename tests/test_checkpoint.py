@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, PreTrainedT
 
 from optimum_stat import STATConfig, STATPruner
 from optimum_stat.families import find_groups
+from optimum_stat.folders import RECIPE, written_as_a_whole
 
 pytestmark = pytest.mark.pictures
 
@@ -258,6 +259,14 @@ def test_the_recipe_comes_last_into_a_folder_that_is_there(pruner: STATPruner, t
     pruner.save_pretrained(tmp_path)
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted(moved)
     assert moved[-1] == "stat_recipe.json"
+
+
+def test_what_was_moved_already_goes_again_if_the_rest_cannot(tmp_path: Path):
+    with pytest.raises(OSError, match="Nothing was written"), written_as_a_whole(tmp_path) as half:  # noqa: PT012
+        (half / "config.json").touch()
+        (half / RECIPE).touch()
+        (tmp_path / RECIPE / "somebody's").mkdir(parents=True)
+    assert [path.name for path in tmp_path.iterdir()] == [RECIPE]
 
 
 def test_the_folder_at_hand_is_filled_and_stays(pruner: STATPruner, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
