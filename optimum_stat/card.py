@@ -81,6 +81,7 @@ def render(recipe: dict[str, Any], repo_id: str, paper: Paper, pictures: Sequenc
         tags=["optimum", "optimum-stat", "pruned", "structured-pruning", recipe["method"]],
         model_name=repo_id.rpartition("/")[2],
         eval_results=_results(recipe, task) or None,
+        **recipe.get("base_card", {}),  # recipes of old have none
     )
     card = ModelCard.from_template(
         data,

@@ -7,6 +7,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .base_card import inherited
 from .structure import KEY
 from .timing import describe_device
 
@@ -20,6 +21,7 @@ def make_recipe(pruner: Pruner[Any]) -> dict[str, Any]:
     return {
         "method": pruner.method,
         "base_model": pruner.source,
+        "base_card": inherited(pruner.source, getattr(pruner.model.config, "_commit_hash", None)),
         "architecture": type(pruner.model).__name__,
         "config": _config(pruner),
         "record": getattr(pruner.model.config, KEY),

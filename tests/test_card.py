@@ -71,6 +71,29 @@ def test_the_metadata_is_what_the_hub_reads(folder: Path):
     assert data["model-index"][0]["name"] == "llama-small"
 
 
+@pytest.mark.parametrize(
+    ("said", "kept"),
+    [
+        ("license: apache-2.0\nlanguage: en\ntags: [mine]", {"license": "apache-2.0", "language": "en"}),
+        ("license: other\nlicense_name: ours\nlicense_link: LICENSE", {"license": "other", "license_name": "ours"}),
+        ("license: [", {}),
+    ],
+)
+def test_licence_and_languages_are_those_of_the_base_model(tmp_path: Path, said: str, kept: dict[str, str]):
+    tiny("bert", "SequenceClassification").save_pretrained(tmp_path / "dense")
+    (tmp_path / "dense" / "README.md").write_text(f"---\n{said}\n---\n# Dense\n")
+    pruner = STATPruner.from_pretrained(tmp_path / "dense", STATConfig(keep=0.6))
+    pruner.prune(batches())
+    pruner.save_pretrained(tmp_path / "once")
+    again = STATPruner.from_pretrained(tmp_path / "once", STATConfig(keep=0.9))
+    again.prune(batches())
+    again.save_pretrained(tmp_path / "twice")
+    for folder in ("once", "twice"):
+        data = ModelCard.load(tmp_path / folder / "README.md").data.to_dict()
+        assert {name: data[name] for name in ("license", "license_name", "license_link", "language") if name in data} == kept
+        assert "mine" not in data["tags"]
+
+
 def test_the_text_says_what_was_asked_and_reached_and_how(folder: Path):
     recipe = recipe_of(folder)
     report, card = recipe["report"], (folder / "README.md").read_text()

@@ -141,6 +141,22 @@ print(json.dumps(pruner.push_to_hub("user/trained")))
     assert kept["stat_recipe.json"].count("SECRET") == 1
 
 
+def test_the_licence_of_a_base_model_on_the_hub(server: HubServer, tmp_path: Path):
+    """At the commit that the model is of; a licence that is a file of the repo is linked there."""
+    said = {"license": "other", "license_name": "ours", "license_link": "./LICENSE", "language": ["en", "de"]}
+    cards = [f"---\n{json.dumps(each)}\n---\n".encode() for each in ({"license": "mit", "datasets": ["imdb"]}, said)]
+    repo = Repo("user/licensed", False, [Commit(str(at), {"README.md": card}) for at, card in enumerate(cards)])
+    server.repos |= {"user/licensed": repo, "user/bare": Repo("user/bare", False, [Commit("seed", {})])}
+    code = """
+from optimum_stat.base_card import inherited
+found = [inherited("user/" + name) for name in ("licensed", "licensed/m.gguf", "bare", "missing")]
+print(json.dumps([*found, inherited("user/licensed", sys.argv[1])]))
+"""
+    found = client(server, code, tmp_path, repo.history[0].sha)
+    now = said | {"license_link": f"{server.endpoint}/user/licensed/blob/main/LICENSE"}
+    assert found == [now, now, {}, {}, {"license": "mit"}]
+
+
 def trained(folder: str) -> Any:
     rows = [{"text": f"w{i % 9 + 2} w{i % 5 + 2} w{i % 7 + 2}", "label": i % 2} for i in range(24)]
     pruner = MovementPruner.from_pretrained(folder, MovementConfig(keep=0.6))

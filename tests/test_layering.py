@@ -69,6 +69,7 @@ LAYERS = (
         "training_sizes",
     },
     {
+        "base_card",
         "card",
         "folders",
         "plots",
