@@ -35,7 +35,7 @@ class Ranking:
         return self
 
 
-def unit_cost(model: nn.Module, group: Group, budget: str, seq_len: Lengths) -> int:
+def unit_cost(group: Group, budget: str, seq_len: Lengths) -> int:
     """What one unit of `group` costs.
 
     "params": its rows of the producers with their biases, its columns of the consumer (a pair has none), its share of other
@@ -71,6 +71,11 @@ def _read(group: Group) -> int:
 def _rows(producer: Producer) -> int:
     """Output rows that belong to units."""
     return int(weight(producer.linear).shape[0]) - producer.fixed
+
+
+def largest(seq_len: Lengths) -> int:
+    """That of all stacks."""
+    return seq_len if isinstance(seq_len, int) else max(seq_len)
 
 
 def length_of(seq_len: Lengths, group: Group, of_context: bool = False) -> int:

@@ -107,8 +107,9 @@ def refuse_offloaded(pruner: Pruner[Any]) -> None:
     config = pruner.config
     if is_offloaded(pruner.model) and (config.trunk or config.distill_epochs or config.budget in ("latency", "memory")):
         raise ValueError(
-            "Some weights of the model are offloaded, and one block at a time can be worked on: no layers or hidden dimensions, "
-            "no distillation, and a budget of params or macs."
+            f"structures={config.structures!r}, distill_epochs={config.distill_epochs} and budget={config.budget!r} asked of a "
+            "model with offloaded weights, of which one block at a time can be worked on: ask for no layers, hidden dimensions "
+            "or experts, for no distillation, and for a budget of params or macs."
         )
     if is_offloaded(pruner.model) and pruner.counts == "weights":
         raise ValueError("Some weights of the model are offloaded: only whole units can be pruned, not single weights.")

@@ -19,7 +19,7 @@ from . import command_options
 
 Result = tuple[str, dict[str, Any]]
 LOGGER = logging.getLogger("optimum_stat")
-MAIN = int(os.environ.get("RANK", "0")) == 0  # of the processes that a launcher started
+MAIN = os.environ.get("RANK", "0") in ("", "0")  # of the processes that a launcher started
 PLAIN = (ValueError, OSError, RuntimeError, ImportError)  # whose messages speak for themselves
 
 

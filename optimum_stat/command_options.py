@@ -9,7 +9,7 @@ from __future__ import annotations
 import argparse
 import ast
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -121,11 +121,6 @@ def add_planning_options(parser: argparse.ArgumentParser) -> None:
             _add_field(group, field, _help(field))
 
 
-def given_planning(args: argparse.Namespace) -> dict[str, Any]:
-    """What the user gave of `add_planning_options`."""
-    return {name: value for name, value in vars(args).items() if name in (*PLANNING, "metric")}
-
-
 def add_serving_options(parser: argparse.ArgumentParser) -> None:
     """The shared fields that a table of latencies depends on."""
     group = parser.add_argument_group("whose time")
@@ -136,14 +131,9 @@ def add_serving_options(parser: argparse.ArgumentParser) -> None:
             _add_field(group, own, _help(own))
 
 
-def given_serving(args: argparse.Namespace) -> dict[str, Any]:
-    """What the user gave of `add_serving_options`."""
-    return {name: value for name, value in vars(args).items() if name in SERVING}
-
-
-def given_reading(args: argparse.Namespace) -> dict[str, Any]:
-    """What the user gave of `add_reading_options`."""
-    return {name: value for name, value in vars(args).items() if name in READING}
+def given(args: argparse.Namespace, names: Collection[str]) -> dict[str, Any]:
+    """What the user gave of the options of these names."""
+    return {name: value for name, value in vars(args).items() if name in names}
 
 
 def add_data_options(parser: argparse.ArgumentParser, split_help: str) -> None:

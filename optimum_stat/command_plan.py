@@ -46,7 +46,7 @@ class PlanCommand(Command):
         from .run_plan import plan_run
 
         try:
-            config = STATConfig(**command_options.given_planning(args))
+            config = STATConfig(**command_options.given(args, (*command_options.PLANNING, "metric")))
         except ValueError as error:
             raise WrongArguments(str(error)) from error
         kwargs = {name: getattr(args, name) for name in ("revision", "trust_remote_code") if getattr(args, name)}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +49,6 @@ def _parsed(pairs: list[str]) -> dict[str, Any]:
         raise WrongArguments(f"--training-args {unknown[0]}=... asked, but transformers.TrainingArguments has no {unknown[0]}.")
     try:
         parsed = parser.parse_args([part for name, value in given.items() for part in (f"--{name}", value)])
-    except Exception as error:
+    except argparse.ArgumentError as error:
         raise WrongArguments(f"--training-args: {error}") from error
     return {name: getattr(parsed, name) for name in given}

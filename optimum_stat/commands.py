@@ -13,7 +13,7 @@ from typing import Any, ClassVar, final
 
 from optimum.commands.base import BaseOptimumCLICommand, CommandInfo
 
-from . import __version__, command_data, command_options, command_values
+from . import __version__, command_data, command_options, command_values, folders
 from .command_base import LOGGER, Command, Result, WrongArguments, check_model, device, loading
 from .command_plan import PlanCommand
 from .command_prune import PruneCommand
@@ -52,12 +52,12 @@ class EvaluateCommand(Command):
         args = self.args
         check_model(args.model)
         command_data.check(args.dataset)
-        if args.save and not (Path(args.model) / "stat_recipe.json").is_file():
-            raise WrongArguments(f"--save asked, but {args.model} is no folder with a stat_recipe.json to write into.")
+        if args.save and not (Path(args.model) / folders.RECIPE).is_file():
+            raise WrongArguments(f"--save asked, but {args.model} is no folder with a {folders.RECIPE} to write into.")
         from . import comparison, evaluation, recipe_update
 
         try:
-            config = evaluation.data_config(**command_options.given_reading(args))
+            config = evaluation.data_config(**command_options.given(args, command_options.READING))
         except ValueError as error:
             raise WrongArguments(str(error)) from error
         data = evaluation.Data(
@@ -99,7 +99,7 @@ class ProfileCommand(Command):
         from .config import PruningConfig
 
         try:
-            config = PruningConfig(**command_options.given_serving(args))
+            config = PruningConfig(**command_options.given(args, command_options.SERVING))
         except ValueError as error:
             raise WrongArguments(str(error)) from error
         found = profiling.profile(args.model, config, task=args.task, device=device(args), **loading(args))

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from .families import Group, weight
 from .linalg import add_to_gram, damped_diagonal, held_out_ridge, product, solve_psd, symmetrize
 from .processes import Processes
-from .slicing import consumer_columns, set_weight
+from .slicing import consumer_columns, set_weight, slice_group
 from .walk import BlockWalk
 
 RIDGES = (0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0)
@@ -101,3 +101,11 @@ def cut_and_correct(walk: BlockWalk, group: Group, cut: Callable[[], None], ridg
 def set_bias(linear: nn.Module, value: Tensor) -> None:
     """Give `linear` the bias `value` [out]: a new parameter, as `slicing.set_weight` makes one."""
     linear.bias = nn.Parameter(value.clone(), bool(linear.bias.requires_grad))
+
+
+def put(group: Group, keep: Tensor, corrected: Tensor, bias: Tensor | None) -> None:
+    """Slice a group, and give its consumer the weight that was made for what is left, and the bias if there is one."""
+    slice_group(group, keep)
+    set_weight(group.consumer, corrected)
+    if bias is not None:
+        set_bias(group.consumer, bias)

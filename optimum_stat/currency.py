@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from .budget import Cost, Lengths, model_cost, options, unit_cost
+from .budget import Cost, Lengths, largest, model_cost, options, unit_cost
 from .config import C, PruningConfig
 from .data import Batches
 from .families import Group, find_groups, values_of
@@ -52,7 +52,7 @@ class Currency:
     def of(cls, model: Any, config: PruningConfig, batches: Batches, dense: Cost, stage: TimedStage) -> Currency:
         """Of a dense model; measures its latency if the budget is one. Several processes count with the main one's times."""
         seq_len, table = batches.seq_len, None
-        length = config.serve_seq_len or (seq_len if isinstance(seq_len, int) else max(seq_len))  # several are refused below
+        length = config.serve_seq_len or largest(batches.seq_len)  # several are refused below
         if config.budget == "latency":
             with quiet(model), stage("latency"):
                 setting = Setting.of(model, config.serve_phase, config.serve_batch_size, length, config.serve_compiled)
@@ -154,7 +154,7 @@ class Currency:
 
     def _costs(self, groups: Sequence[Group], budget: str) -> dict[str, int]:
         """Where its values are a group of their own, a head costs what is left without them."""
-        costs = {group.name: unit_cost(self.model, group, budget, self.seq_len) for group in groups}
+        costs = {group.name: unit_cost(group, budget, self.seq_len) for group in groups}
         for group in groups:
             values = values_of(group, groups) if group.structure == "heads" else None
             if values is not None:

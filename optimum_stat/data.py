@@ -16,11 +16,11 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 from transformers.utils.logging import tqdm
 
-from optimum_stat.budget import Lengths
-from optimum_stat.config import PruningConfig
-from optimum_stat.labels import IGNORED, POSITIONS, predicts_next, why_none
-from optimum_stat.processes import ALONE, Processes
-from optimum_stat.rows import INPUTS, Rows, tensors
+from .budget import Lengths
+from .config import PruningConfig
+from .labels import IGNORED, POSITIONS, predicts_next, why_none
+from .processes import ALONE, Processes
+from .rows import INPUTS, Rows, tensors
 
 logger = logging.getLogger(__name__)
 SEQ_LEN = 512  # when the user asks for none and the model takes as many

@@ -124,7 +124,7 @@ def dry_run(model: str, revision: str | None = None, round_to: int = PruningConf
 
 
 def _cost(model: Any, group: Group, round_to: int, seq_len: int) -> GroupCost:
-    costs = [unit_cost(model, group, budget, seq_len) for budget in BUDGETS]
+    costs = [unit_cost(group, budget, seq_len) for budget in BUDGETS]
     return GroupCost(group.name, group.structure, group.units, options(group, round_to)[0], costs[0], costs[1], group.inexact)
 
 

@@ -9,7 +9,7 @@ from scipy.linalg.blas import dgemm
 from scipy.linalg.lapack import dpotrf, dtrtri
 from torch import Tensor
 
-from .linalg import cholesky, damped, square_part, unit_columns
+from .linalg import cholesky, damped, square_part, sums_of_what_goes, unit_columns
 
 Matrix = npt.NDArray[np.float64]
 PANEL = 32  # columns removed at once: turns rank-1 updates into matrix products
@@ -35,8 +35,12 @@ def backward_elimination(gram: Tensor, weight: Tensor, block: int = 1, ridge: fl
         gone, spent = left.remove_cheapest()
         removed.append(gone)
         cost.append(spent)
-    order, error = torch.cat(removed).flip(0), torch.cat(cost).cumsum(0).flip(0)
-    return order, torch.cat([error, error.new_zeros(1)])
+    return torch.cat(removed).flip(0), sums_of_what_goes(torch.cat(cost).flip(0))
+
+
+def precise_enough(gram: Tensor, ridge: float) -> Tensor:
+    """`gram` in the precision that its elimination needs: single, once the ridge bounds the condition number."""
+    return gram.float() if ridge >= 1e-3 else gram
 
 
 class Remainder:

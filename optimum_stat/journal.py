@@ -42,14 +42,12 @@ class Journal:
     _obsolete: list[str] = field(default_factory=list)
 
     @classmethod
-    def open(cls, folder: str | Path | None, run: Mapping[str, Any], processes: Processes) -> Journal:
+    def open(cls, folder: str | Path, run: Mapping[str, Any], processes: Processes) -> Journal:
         """The journal of this run in `folder`, which may be new. Every process has one of its own in it.
 
         Raises:
             ValueError: it is the journal of another run; says what differs.
         """
-        if folder is None:
-            return cls()
         counts = {int(path.name.rpartition("-")[2]) for path in Path(folder).glob("*-of-*") if PROCESS.fullmatch(path.name)}
         if counts - {processes.count}:
             raise ValueError(

@@ -205,8 +205,7 @@ def pivoted_cholesky(gram: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     factor, order, rank, _ = dpstrf(gram.double().cpu().numpy(), lower=1)
     lower = torch.from_numpy(factor).tril()
     lower[:, rank:] = 0
-    energy = torch.cat([lower.square().sum(0), lower.new_zeros(1)])
-    residual = energy.flip(0).cumsum(0).flip(0).sqrt()
+    residual = sums_of_what_goes(lower.square().sum(0)).sqrt()
     return torch.from_numpy(order.astype("int64")) - 1, lower.diagonal().clone(), residual
 
 
@@ -217,7 +216,11 @@ def error_curve(gram: Tensor, weight: Tensor, order: Tensor) -> Tensor:
     it is `sum_{i >= k} ||Q_i||^2`: one factorisation for the whole curve.
     """
     factor = cholesky(square_part(damped(gram, 0.0), order.to(gram.device)))
-    lost = (factor.T @ weight.T[order]).square().sum(1)
+    return sums_of_what_goes((factor.T @ weight.T[order]).square().sum(1))
+
+
+def sums_of_what_goes(lost: Tensor) -> Tensor:
+    """What each unit loses, [units] in their order -> the sum over all but the first k, for every k: [units + 1]."""
     return torch.cat([lost.flip(0).cumsum(0).flip(0), lost.new_zeros(1)])
 
 

@@ -16,7 +16,7 @@ from transformers.utils.logging import tqdm
 from .blocks import family_of
 from .calls import stack_tokens
 from .config import PruningConfig
-from .data import Batches, enough
+from .data import LABELS, Batches, enough
 from .labels import Labels, find_labels, predicts_next, why_none
 from .media_reader import Reader, texts_in
 from .probes import device_of, quiet
@@ -53,7 +53,7 @@ def make_media_batches(
     if labels_needed and labels is None and not predicts_next(model):
         raise ValueError(why_none(labels_for, tuple(head)))
     examples = list(_taken(rows, reader, labels, model, config))
-    names = [name for name in ("labels", "start_positions", "end_positions") if name in examples[0]]
+    names = [name for name in LABELS if name in examples[0]]
     padded = () if family_of(model).reads_padding else OF_TOKENS
     items = list(_batched(examples, config.batch_size, reader.pad_id, padded))
     own = tuple({name: item.pop(name) for name in names} for item in items) if names else None
@@ -83,14 +83,21 @@ def _taken(rows: Iterable[Any], reader: Reader, labels: Labels | None, model: An
             whole |= labels.read(row, where) if labels else {}
             for i in range(len(next(iter(whole.values())))):
                 example = {name: value[i : i + 1] for name, value in whole.items()}
-                values = sum(value.numel() for name, value in example.items() if name not in OF_TOKENS)
-                if per_value is None:
-                    inputs = {name: value for name, value in example.items() if name not in ("labels",)}
-                    per_value = min(_counted(model, inputs)) / max(1, values)
-                num_examples, num_tokens = num_examples + 1, num_tokens + max(1.0, per_value * values)
+                inputs = {name: value for name, value in example.items() if name not in LABELS}
+                values = sum(value.numel() for name, value in inputs.items() if name not in OF_TOKENS)
+                if values and per_value is None:
+                    per_value = min(_counted(model, inputs)) / values
+                num_tokens += max(1.0, (per_value or 0.0) * values or _shortest(inputs))
+                num_examples += 1
                 yield example
                 if enough(config, num_examples, int(num_tokens)):
                     return
+
+
+def _shortest(inputs: Mapping[str, Tensor]) -> int:
+    """Real tokens of the shorter of an example's texts, that of the encoder or that of the decoder."""
+    of_tokens = {name: value for name, value in inputs.items() if name in OF_TOKENS}
+    return min(int(value.sum()) if name.endswith("mask") else value.numel() for name, value in of_tokens.items())
 
 
 def _bytes(value: Tensor) -> bytes:

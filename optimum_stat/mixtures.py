@@ -12,6 +12,7 @@ from .data import Batches
 from .experts import BIAS, linears_of_experts
 from .families import Group, weight
 from .gradients import output_worth
+from .linalg import sums_of_what_goes
 from .routers import Mixture, find_mixtures
 from .walk import BlockWalk
 
@@ -59,8 +60,7 @@ def rank_experts(model: Any, batches: Batches, seed: int, nats: float) -> Rankin
         errors[errors.topk(mixture.fewest).indices] = torch.inf
     every = torch.cat([lost[group.name] for group in groups])
     order = every.argsort(descending=True, stable=True)
-    error = torch.cat([every[order].flip(0).cumsum(0).flip(0), every.new_zeros(1)])
-    return Ranking({EXPERTS: order}, {EXPERTS: error})
+    return Ranking({EXPERTS: order}, {EXPERTS: sums_of_what_goes(every[order])})
 
 
 def errors_without(mixture: Mixture, x: Tensor, worth: Tensor) -> Tensor:

@@ -11,8 +11,8 @@ from typing import Any
 import jinja2
 
 from . import plots
+from .folders import RECIPE
 
-RECIPE = "stat_recipe.json"
 Rows = list[tuple[str, list[str]]]
 
 

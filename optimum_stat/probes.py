@@ -15,11 +15,13 @@ import torch
 from torch import Tensor, nn
 from transformers import Cache, PreTrainedModel
 
+from .budget import largest
 from .data import Batches
 from .families import Group, task_of
 from .labels import predicts_next
 from .offload import execution_device
 
+OVERFLOW = "Does the model overflow in its dtype? Try dtype=torch.float32 or torch.bfloat16."
 FISHER_TOKENS = 2048  # a diagonal has one number a channel: it needs far fewer tokens than a Gram matrix
 Visit = Callable[[Group, Tensor], Tensor | None]
 Part = tuple[dict[str, Tensor], dict[str, Tensor] | None]
@@ -92,9 +94,9 @@ def quiet(model: nn.Module) -> Iterator[None]:
 
 def small_parts(batches: Batches, tokens: int = 512) -> list[Part]:
     """Inputs and labels of all examples, in their order, about so many tokens at a time: backward passes need memory."""
-    parts, longest = [], 1 if isinstance(batches.seq_len, int) and "input_ids" in batches.items[0] else _longest(batches)
+    parts, least = [], 1 if isinstance(batches.seq_len, int) and "input_ids" in batches.items[0] else largest(batches.seq_len)
     for batch, labels in zip(batches, batches.labels or [None] * len(batches), strict=True):
-        count, length = len(next(iter(batch.values()))), max(batch["input_ids"].shape[1] if "input_ids" in batch else 1, longest)
+        count, length = len(next(iter(batch.values()))), max(batch["input_ids"].shape[1] if "input_ids" in batch else 1, least)
         for rows in torch.split(torch.arange(count), max(1, tokens // length)):
             own = None if labels is None else {name: value[rows] for name, value in labels.items()}
             parts.append(({name: value[rows] for name, value in batch.items()}, own))
@@ -110,10 +112,6 @@ def some_examples(batches: Batches) -> list[Part]:
 def gradient_stride(num_tokens: int) -> int:
     """Of so many tokens, gradients are taken at one in how many: of 1,024 or more, half say it as well as all."""
     return max(1, num_tokens // FISHER_TOKENS, min(2, num_tokens // 512))
-
-
-def _longest(batches: Batches) -> int:
-    return batches.seq_len if isinstance(batches.seq_len, int) else max(batches.seq_len)
 
 
 def has_loss(model: nn.Module, batches: Batches) -> bool:

@@ -6,8 +6,8 @@ import logging
 import sys
 import time
 from collections.abc import Iterator
-from pathlib import Path
 
+import psutil
 import torch
 from transformers.utils.logging import tqdm
 
@@ -47,14 +47,8 @@ def each_block(stage: str, first: int, blocks: int, num_tokens: int, device: tor
 
 
 def memory_bytes(device: torch.device) -> int:
-    """What this process uses on the accelerator, or of the machine's memory; 0 where that cannot be read."""
-    if device.type == "cuda":
-        return torch.cuda.memory_allocated(device)
-    try:
-        lines = Path("/proc/self/status").read_text().splitlines()
-    except OSError:
-        return 0
-    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("VmRSS")), 0)
+    """What this process uses on the accelerator, or of the machine's memory."""
+    return int(torch.cuda.memory_allocated(device) if device.type == "cuda" else psutil.Process().memory_info().rss)
 
 
 def _duration(seconds: float) -> str:

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import psutil
 import torch
 from torch import Tensor
 
@@ -99,14 +100,6 @@ class PruningReport:
     """Of methods that train: "teacher", what it was, and "arguments", those of Trainer that differ from its defaults."""
 
     @property
-    def tokens_per_unit(self) -> float | None:
-        """Calibration tokens per neuron kept in the widest block; below 10 the corrections fit noise. None of zeros."""
-        if self.counts == "weights":
-            return None
-        widest = max((group.kept for group in self.groups if group.name.endswith("neurons")), default=1)
-        return self.num_tokens / widest
-
-    @property
     def forward_passes(self) -> float | None:
         """The time of all stages, in forward passes of the dense model over the same data."""
         return sum(stage.seconds for stage in self.stages.values()) / self.forward_seconds if self.forward_seconds else None
@@ -119,8 +112,7 @@ class PruningReport:
     def to_dict(self) -> dict[str, Any]:
         """Everything, as plain JSON values."""
         passes = {"forward_passes": None if self.forward_passes is None else round(self.forward_passes, 1)}
-        per_unit = None if self.tokens_per_unit is None else round(self.tokens_per_unit, 1)
-        return {**dataclasses.asdict(self), **passes, "error": self.error, "tokens_per_unit": per_unit}
+        return {**dataclasses.asdict(self), **passes, "error": self.error}
 
     def __str__(self) -> str:
         of = "the model's" if self.budget in ("latency", "memory") else "the blocks'"
@@ -274,16 +266,14 @@ def _reset_peak(device: torch.device) -> int | None:
         Path("/proc/self/clear_refs").write_text("5")  # Linux: forget the highest resident set so far
     except OSError:
         return None
-    return _resident("VmRSS")
+    return int(psutil.Process().memory_info().rss)
 
 
 def _peak(device: torch.device) -> int | None:
-    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else _resident("VmHWM")
-
-
-def _resident(name: str) -> int | None:
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
     try:
         lines = Path("/proc/self/status").read_text().splitlines()
     except OSError:
         return None
-    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith(name)), None)
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM")), None)

@@ -92,7 +92,7 @@ class Work:
 
     def _run(self, group: Group, units: int) -> float:
         """As a walk does it: every token goes through all experts."""
-        once = unit_cost(self.model, group, "macs", self.seq_len) * units * self.num_tokens / self.seq_len
+        once = unit_cost(group, "macs", self.seq_len) * units * self.num_tokens / self.seq_len
         return once * self._opened(group)
 
     @staticmethod

@@ -55,7 +55,8 @@ def _nested(pruner: P, shares: list[float], batches: Batches) -> Iterator[P]:
             lines.append(working.shoot(share, batches, working.timer(shot)))
         if share in shares:
             small = _copied(working, share)
-            small.finish(lines, batches)
+            with small.at_work():
+                small.finish(lines, batches)
             yield small
 
 

@@ -97,7 +97,7 @@ class SweepReport:
         for size, on_front in zip(self.sizes, self.front, strict=True):
             timed = f"{size.speed.pruned.median:>10.2f}{size.speed.ratio.median:>10.2f}" if size.speed else ""
             lines.append(f"{self._line(size, names)}{timed}{'yes' if on_front else '':>7}".rstrip())
-        about = [f"measured on {self.dataset}"] * bool(names) + [f"times: {first.speed.work}" for _ in "x" if first.speed]
+        about = [f"measured on {self.dataset}"] * bool(names) + ([f"times: {first.speed.work}"] if first.speed else [])
         return "\n".join([*lines, *about])
 
     def _line(self, size: Size, names: Sequence[str]) -> str:

@@ -25,6 +25,7 @@ from .currency import Currency
 from .data import Batches, pad_id_of
 from .experts import opened_in
 from .families import Group, find_groups
+from .linalg import sums_of_what_goes
 from .processes import Processes
 from .pruner import Pruner
 from .report import GroupReport, Lines, TimedStage
@@ -33,7 +34,7 @@ from .stream import narrow, shorten
 from .trained_config import TrainedConfig
 from .training import Masks, PruningTrainer, differing, masks_in
 from .training_data import Example, examples, metrics_of, with_labels
-from .training_sizes import Size, error_curve, orders
+from .training_sizes import Size, orders
 from .trunk import HIDDEN, LAYERS, trunk_line
 
 T = TypeVar("T", bound=TrainedConfig)
@@ -216,7 +217,7 @@ class TrainedPruner(Pruner[T]):
         """By score; `error[g][k]` is the sum of the scores of the units that go."""
         scores = {group.name: own for group, own in stats} | self._masks.shared_scores()
         order = orders(scores)
-        return Ranking(order, {name: error_curve(own[order[name]]) for name, own in scores.items()})
+        return Ranking(order, {name: sums_of_what_goes(own[order[name]]) for name, own in scores.items()})
 
     def allocate(self, groups: list[Group], ranking: Ranking, keep: float, currency: Currency) -> dict[str, int]:
         """As many units as the masks kept in the last step."""

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from .budget import allocate
+from .linalg import sums_of_what_goes
 from .slicing import Plan
 
 
@@ -35,7 +35,7 @@ class Size:
         floors, of steps of several units, and of what the threshold leaves unspent.
         """
         costs, order = self.unit_costs, orders(scores)
-        error = {name: error_curve(own[order[name]]) * costs[name] for name, own in scores.items()}
+        error = {name: sums_of_what_goes(own[order[name]]) * costs[name] for name, own in scores.items()}
         return first(order, allocate(error, self.costs, self.sizes, self.limit(share)))
 
 
@@ -47,9 +47,3 @@ def orders(scores: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def first(order: Mapping[str, Tensor], kept: Mapping[str, int]) -> Plan:
     """The first `kept` units of each order, in their old order."""
     return {name: order[name][:count].sort().values for name, count in kept.items()}
-
-
-def error_curve(values: Tensor) -> Tensor:
-    """The sum of what goes if the first k of `values` are kept, for every k: [units + 1]."""
-    lost = values.flip(0).cumsum(0).flip(0)
-    return torch.cat([lost, lost.new_zeros(1)])

@@ -23,9 +23,10 @@ from .currency import Currency
 from .data import Batches
 from .families import Group, find_blocks, find_groups, weight
 from .gradients import outputs_of
-from .linalg import add_to_gram, cholesky, damped, error_curve, symmetrize
+from .linalg import add_to_gram, cholesky, damped, error_curve, sums_of_what_goes, symmetrize
 from .mixtures import EXPERTS, rank_experts, refuse_without
 from .narrowing import narrow_and_correct
+from .parts import HIDDEN as HIDDEN
 from .probes import real_rows
 from .report import GroupReport, Lines
 from .routers import Mixture, fewest, find_mixtures, keep_experts, split
@@ -36,7 +37,7 @@ from .walk import BlockWalk
 if TYPE_CHECKING:
     from .pruner import Pruner
 
-LAYERS, HIDDEN = "layers", "hidden"
+LAYERS = "layers"
 RIDGE = 0.01  # relative to the diagonal
 TIMED = 3  # models, at most, before the sizes for a latency are settled
 LEARNED = "learned"  # in the journal
@@ -116,10 +117,10 @@ def rank_trunk(model: Any, structures: Sequence[str], batches: Batches, seed: in
     batches.processes.add_up(lost)
     lost[0] = torch.inf
     order, error = {LAYERS: lost.argsort(descending=True, stable=True)}, {}
-    error[LAYERS] = _sums_of_what_goes(lost[order[LAYERS]])
+    error[LAYERS] = sums_of_what_goes(lost[order[LAYERS]])
     if HIDDEN in structures:
         order[HIDDEN] = cost.argsort(descending=True, stable=True)
-        error[HIDDEN] = _sums_of_what_goes(end[order[HIDDEN]])
+        error[HIDDEN] = sums_of_what_goes(end[order[HIDDEN]])
         walk = BlockWalk(model, batches)
         for index in walk.steps("Comparing widths"):
             for site, gram in _grams(walk, stream, index):
@@ -149,8 +150,8 @@ def choose(
 ) -> Shape:
     """The trunk that leaves the smallest error together with the best allocation on it: `keep` of the dense model in all.
 
-    One axis after the other, from the whole trunk down, until neither changes; along an axis no further than the trunk's own
-    error stays below the best sum so far.
+    One axis after the other, from the whole trunk down, each once and all but the last once more; along an axis no further than
+    the trunk's own error stays below the best sum so far.
     """
     at = {name: len(ranking.order[name]) for name in structures}
     best, least = at, _error(allocate, at, groups, ranking, keep, currency) if structures else 0.0
@@ -232,11 +233,6 @@ def _grams(walk: BlockWalk, stream: Stream, index: int) -> Iterator[tuple[Group,
         gram = grams.pop(site.name)
         walk.processes.add_up(gram)
         yield site, symmetrize(gram)
-
-
-def _sums_of_what_goes(lost: Tensor) -> Tensor:
-    """[units] in their order -> the sum of all but the first k, for every k: [units + 1]."""
-    return torch.cat([lost.flip(0).cumsum(0).flip(0), lost.new_zeros(1)])
 
 
 def _sizes(axis: str, ranking: Ranking, currency: Currency) -> range:

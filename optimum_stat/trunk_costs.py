@@ -36,7 +36,7 @@ class TrunkCosts:
         every, width = list(range(len(find_blocks(model)))), int(weight(find_groups(model)[0].consumer).shape[0])
         widths = width, 1
         copies = [model, without_weights(model, every, torch.arange(1))]
-        at = [{g.name: unit_cost(one, g, budget, seq_len) for g in find_groups(one)} for one in copies]
+        at = [{g.name: unit_cost(g, budget, seq_len) for g in find_groups(one)} for one in copies]
         rest = [block_fixed(one, budget, seq_len) for one in copies]
         lines = {name: _line(widths, at[0][name], at[1][name]) for name in at[0]}
         fixed = [_line(widths, own, other) for own, other in zip(*rest, strict=True)]

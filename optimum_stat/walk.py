@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from . import block_state
 from .activations import Activations
 from .blocks import TOKENS, find_stacks
+from .budget import largest
 from .calls import Call, Returned, Stop, hidden_of, record_calls, without_hidden
 from .data import Batches
 from .families import Group, applications_of, find_blocks
@@ -48,7 +49,10 @@ class BlockWalk:
         self._finished: list[tuple[Returned, Activations]] = []  # stack after stack, what its last block returned
         self._returned: Returned | None = None
         self._num_tokens = batches.num_tokens
-        self._longest = batches.seq_len if isinstance(batches.seq_len, int) else max(batches.seq_len)
+        self._mean_len = largest(batches.seq_len)
+        self._longest = max(
+            [largest(batches.seq_len), *(batch["input_ids"].shape[1] for batch in batches if "input_ids" in batch)]
+        )
         self._batches = self._own(batches)
         self._halted: HaltedPasses | None = None
         self._enter(0)
@@ -77,7 +81,7 @@ class BlockWalk:
                 rows = 0
             chunks[-1].append(batch)
             mask = batch.get(TOKENS)
-            rows += int(len(next(iter(batch.values()))) * self._longest if mask is None else mask.sum()) * self._applications
+            rows += int(len(next(iter(batch.values()))) * self._mean_len if mask is None else mask.sum()) * self._applications
         return [batch for chunk in self.processes.share(chunks) for batch in chunks[chunk]]
 
     @torch.no_grad()

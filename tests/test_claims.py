@@ -262,7 +262,13 @@ def test_the_published_algorithm_can_keep_everything(family: str) -> None:
     assert torch.equal(outputs(small, items[0]), outputs(dense, items[0]))
 
 
-@pytest.mark.parametrize("structures", [("heads",), ("neurons",)])
+@pytest.mark.parametrize("own", [{}, {"metric": "stream"}, {"ridge": 0.0}])
+def test_the_published_algorithm_is_not_half_ours(own: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=r"published=True asked with metric='\w+' and ridge=.*: use STATConfig\.paper\(\)"):
+        STATConfig(published=True, **own)
+
+
+@pytest.mark.parametrize("structures", [("heads",), ("neurons",), ("heads", "values"), ("heads", "neurons", "hidden")])
 def test_the_published_algorithm_divides_between_heads_and_neurons(structures: tuple[str, ...]) -> None:
     with pytest.raises(ValueError, match="asked of the published algorithm, which divides between heads and neurons"):
         replace(STATConfig.paper(), structures=structures)

@@ -135,7 +135,7 @@ def test_the_search_is_optimal_for_the_diagonal(family: str, keep: float, budget
     limit = currency.limit(keep)
     kept = pruner.allocate(groups, ranking, keep, currency)
     own = {name: found.masks.square().sum(0) for name, found in stats.items()}
-    costs = {group.name: unit_cost(model, group, budget, items.seq_len) for group in groups}
+    costs = {group.name: unit_cost(group, budget, items.seq_len) for group in groups}
     best = min(
         sum(float(own[g.name].sort().values[: g.units - k].sum()) for g, k in zip(groups, plan, strict=True))
         for plan in itertools.product(*(options(group, 1) for group in groups))

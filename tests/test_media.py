@@ -205,6 +205,14 @@ def test_a_decoder_reads_the_target_behind_its_start():
     assert alone.items[0]["decoder_input_ids"].tolist() == [[PAD, 6]]
 
 
+def test_texts_with_a_target_are_read_until_the_shorter_of_both_has_enough_tokens():
+    rows = [{"document": "w3 w4 w5 w6", "summary": "w7 w8 w9 w10 w11 w12"} for _ in range(40)]
+    found = make_media_batches(rows, tiny("t5"), PruningConfig(num_tokens=22), processor=tokenizer())
+    assert (found.num_examples, found.num_tokens) == (6, 24)
+    ready = [{"input_ids": torch.tensor([[3, 4, 5, 6]] * 4), "labels": torch.tensor([[3, 4, 5]] * 4)}] * 4
+    assert make_media_batches(ready, tiny("t5"), PruningConfig(num_tokens=22)).num_examples == 8
+
+
 def ending(before: str = "<s>", special: Any = (("<s>", 0), ("</s>", 2))) -> PreTrainedTokenizerFast:
     """A tokenizer that marks where texts end."""
     marking = tokenizer()

@@ -119,9 +119,9 @@ def test_within_the_budget_and_no_further_below_than_one_unit(recipe: str, famil
         sizes = options(group, pruner.config.round_to)
         now = sizes.index(kept(pruner)[group.name])
         if now + 1 < len(sizes):
-            steps.append(unit_cost(dense, group, budget, report.seq_len) * (sizes[now + 1] - sizes[now]))
+            steps.append(unit_cost(group, budget, report.seq_len) * (sizes[now + 1] - sizes[now]))
     if recipe == "stat-paper":  # its thresholds move a head, or a neuron, in every block at once
-        steps = [len(find_blocks(dense)) * max(unit_cost(dense, group, budget, report.seq_len) for group in find_groups(dense))]
+        steps = [len(find_blocks(dense)) * max(unit_cost(group, budget, report.seq_len) for group in find_groups(dense))]
     assert 0 <= spare < min(steps)
     if recipe != "stat-paper":
         cut = [group for group in report.groups if group.kept < group.units and "neurons" in group.name]

@@ -39,7 +39,7 @@ def masks_of(
 ) -> MovementMasks:
     groups = [group for group in find_groups(model) if group.structure in structures]
     sizes = {group.name: options(group, round_to) for group in groups}
-    costs = {group.name: [unit_cost(model, group, "params", 12) * k for k in sizes[group.name]] for group in groups}
+    costs = {group.name: [unit_cost(group, "params", 12) * k for k in sizes[group.name]] for group in groups}
     total = sum(own[-1] for own in costs.values())
     size, how = Size(keep, costs, sizes, lambda share: share * total), {"regularization": regularization, "learning_rate": 0.01}
     return MovementMasks(groups, BLOCKS[variant], size, Schedule(0.1, 0.4), zeros=variant in ("hybrid", "block"), **how)

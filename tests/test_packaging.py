@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import os
 import re
 import resource
@@ -11,7 +12,9 @@ import sys
 import sysconfig
 import venv
 import zipfile
+from collections.abc import Iterator
 from dataclasses import dataclass
+from importlib.metadata import packages_distributions
 from pathlib import Path
 
 import pytest
@@ -180,6 +183,29 @@ def start_up(environment: Environment) -> StartUp:
     exits = "import atexit, sys; atexit.register(lambda: print('\\n' + ' '.join(sys.modules)));"
     modules = environment.python(exits + CLI, "-h").splitlines()[-1]
     return StartUp(frozenset(modules.split()), min(taken))
+
+
+def test_what_is_imported_with_the_package_is_asked_for():
+    """Not what an extra brings, or another package happens to need."""
+    tomllib = pytest.importorskip("tomllib")
+    dependencies = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"]
+    asked = {re.split(r"[^\w.-]", requirement)[0].lower() for requirement in dependencies}
+    found = {name for path in (ROOT / "optimum_stat").rglob("*.py") for name in imported(ast.parse(path.read_text()).body)}
+    foreign = found - set(sys.stdlib_module_names) - {"optimum_stat"}
+    owners = {name: {owner.lower() for owner in packages_distributions()[name]} for name in foreign}
+    assert {name for name, own in owners.items() if not own & asked} == set()
+    assert {owner for own in owners.values() for owner in own} >= asked
+
+
+def imported(body: list[ast.stmt]) -> Iterator[str]:
+    """The modules that are imported as soon as this is: by their first name, and not in functions or for types alone."""
+    for statement in body:
+        if isinstance(statement, ast.Import):
+            yield from (alias.name.partition(".")[0] for alias in statement.names)
+        elif isinstance(statement, ast.ImportFrom) and not statement.level:
+            yield str(statement.module).partition(".")[0]
+        elif isinstance(statement, (ast.If, ast.Try, ast.With)) and "TYPE_CHECKING" not in ast.unparse(statement):
+            yield from imported(statement.body)
 
 
 def test_every_direct_dependency_is_pinned():

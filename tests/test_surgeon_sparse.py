@@ -65,7 +65,6 @@ def test_the_share_is_met_and_everything_else_stays(family: str, structure: str,
     assert pruner.report.reached == share
     assert 0.6 - (0.02 if structure == "lines" else 0.001) < share <= 0.6
     assert pruner.report.counts == "weights"
-    assert pruner.report.tokens_per_unit is None
     assert {name: value.shape for name, value in model.state_dict().items()} == {
         n: v.shape for n, v in dense.state_dict().items()
     }

@@ -71,6 +71,16 @@ def test_the_surgeons_family_are_the_shots_of_one_run() -> None:
     assert all(sizes(small[1].report)[name] <= kept for name, kept in sizes(small[0].report).items())
 
 
+def test_the_surgeons_family_is_distilled_as_single_models_are() -> None:
+    model = tiny("bert").train()
+    config = SurgeonConfig(keep=0.5, shots=2, distill_epochs=1, seed=3)
+    *_, small = SurgeonPruner(model, config).sweep(many(), [0.5, 0.75])
+    alone = SurgeonPruner(tiny("bert").train(), config)
+    alone.prune(many())
+    assert torch.equal(outputs(small.model.eval(), batches()[0]), outputs(alone.model.eval(), batches()[0]))
+    assert [name for name, own in small.model.named_parameters() if own.grad is not None] == []
+
+
 def test_zeros_come_in_families_too() -> None:
     config = SurgeonConfig(structure="elements", shots=1)
     shares = [small.report.reached for small in SurgeonPruner(tiny("llama"), config).sweep(many(), [0.8, 0.5])]

@@ -355,7 +355,6 @@ def test_divided_heads_cannot_be_cut_again():
         (lambda: MovementConfig(structures=ALL), "'values' asked of MovementConfig"),
         (lambda: VIBConfig(structures=ALL), "'values' asked of VIBConfig"),
         (lambda: STATConfig(structures=ALL, budget="latency"), "'values' asked under a latency budget"),
-        (lambda: STATConfig(structures=ALL, published=True), "'values' asked of the published algorithm"),
         (lambda: STATConfig(structures=("value",)), "must name some of 'heads', 'neurons', 'pairs', 'values'"),
     ],
 )

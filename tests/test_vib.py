@@ -24,7 +24,7 @@ FIXED = 700  # of the blocks' cost no unit has: norms and the like
 def size_of(model: Any, keep: float, budget: str = "params", round_to: int = 1) -> Size:
     groups = find_groups(model)
     sizes = {group.name: options(group, round_to) for group in groups}
-    costs = {group.name: [unit_cost(model, group, budget, 12) * k for k in sizes[group.name]] for group in groups}
+    costs = {group.name: [unit_cost(group, budget, 12) * k for k in sizes[group.name]] for group in groups}
     total = sum(own[-1] for own in costs.values()) + FIXED
     return Size(keep, costs, sizes, lambda share: share * total - (FIXED if share < 1 else 0))
 
@@ -91,7 +91,7 @@ def test_the_expected_share_counts_softly():
     gates = gates_of(tiny("qwen2"))
     assert 0.97 < gates.expected_share().item() < 1
     roughened(gates)
-    costs = [unit_cost(tiny("qwen2"), group, "params", 12) for group in find_groups(tiny("qwen2"))]
+    costs = [unit_cost(group, "params", 12) for group in find_groups(tiny("qwen2"))]
     spent = FIXED
     for cost, mean, log_variance in zip(costs, gates.means, gates.log_variances, strict=True):
         spent += cost * torch.sigmoid(mean.square().log() - log_variance).sum().item()

@@ -19,7 +19,8 @@ from ..data import Batches
 from ..families import Group
 from ..gradients import Sensitivity, sensitivities
 from ..knapsack import allocate_exactly
-from ..probes import has_loss, num_predictions
+from ..linalg import sums_of_what_goes
+from ..probes import OVERFLOW, has_loss, num_predictions
 from ..pruner import Pruner
 from ..slicing import Plan
 from . import fisher_tuning
@@ -125,10 +126,7 @@ class FisherPruner(Pruner[FisherConfig]):
         for group in groups:
             own = found.pop(group.name)
             if not (torch.isfinite(own.masks).all() and torch.isfinite(own.output).all()):
-                raise ValueError(
-                    f"The gradient at {group.name} is NaN or infinite; nothing can be decided from it. "
-                    "Does the model overflow in its dtype? Try dtype=torch.float32 or torch.bfloat16."
-                )
+                raise ValueError(f"The gradient at {group.name} is NaN or infinite; nothing can be decided from it. {OVERFLOW}")
             yield group, own
 
     def rank(self, groups: list[Group], stats: Iterable[tuple[Group, Sensitivity]]) -> FisherRanking:
@@ -140,8 +138,7 @@ class FisherPruner(Pruner[FisherConfig]):
                 own = torch.stack([part.mean(0) for part in torch.split(own, self.config.batch_size)])
             importance = own.square().sum(0)
             order[group.name] = importance.argsort(descending=True, stable=True)
-            lost = importance[order[group.name]].flip(0).cumsum(0).flip(0)
-            error[group.name] = torch.cat([lost, lost.new_zeros(1)])
+            error[group.name] = sums_of_what_goes(importance[order[group.name]])
             gradients[group.name], metric[group.name] = own, found.output
         return FisherRanking(order, error, gradients, metric)
 

@@ -14,19 +14,19 @@ from torch import Tensor
 from ..budget import Ranking
 from ..card import Paper
 from ..config import PruningConfig
-from ..correction import corrected_consumer, cut_and_correct, set_bias
+from ..correction import corrected_consumer, cut_and_correct, put
 from ..currency import Currency
 from ..data import Batches
-from ..elimination import backward_elimination
+from ..elimination import backward_elimination, precise_enough
 from ..families import Group, find_blocks, groups_of_block, weight
 from ..gradients import output_worth
-from ..probes import num_predictions
+from ..probes import OVERFLOW, num_predictions
 from ..pruner import Pruner
-from ..slicing import Plan, set_weight, slice_group
+from ..slicing import Plan, slice_group
 from ..walk import BlockWalk
 from . import stat_published
 from .stat_experts import corrected_experts, rank_in_experts
-from .stat_inputs import OVERFLOW, inputs_of
+from .stat_inputs import inputs_of
 from .stat_pairs import lose_pairs, rank_pairs, worth_of_pairs
 from .stat_values import ValuesRanking, allocate_values, divide, rank_values
 
@@ -54,15 +54,14 @@ class STATConfig(PruningConfig):
         PruningConfig.__post_init__(self)
         if self.metric not in METRICS:
             raise ValueError(f"metric={self.metric!r} asked; it must be one of {', '.join(map(repr, METRICS))}.")
-        if self.published:
-            self.refuse_trunk("the published algorithm")
-        if self.published and (divided := {"values", "pairs"} & {*self.structures}):
-            raise ValueError(
-                f"{min(divided)!r} asked of the published algorithm, whose heads go or stay whole: use STATConfig()."
-            )
         if self.metric != "fisher" and "pairs" in self.structures:
             raise ValueError(
                 f"'pairs' asked with metric={self.metric!r}; gradients alone say what they are worth: metric='fisher'."
+            )
+        if self.published and (self.metric != "stream" or self.ridge is None):
+            raise ValueError(
+                f"published=True asked with metric={self.metric!r} and ridge={self.ridge}, which the published algorithm does "
+                "not have: use STATConfig.paper(), or ask for metric='stream' and ridge=0.0."
             )
         if self.published and {*self.structures} != {"heads", "neurons"}:
             raise ValueError(
@@ -183,9 +182,8 @@ class STATPruner(Pruner[STATConfig]):
                 order[group.name], error[group.name], curves = found
                 within |= {} if curves is None else {group.name: curves}
                 continue
-            # an order needs no more than single precision once the ridge bounds the condition number
-            gram = moments.gram.float() if self.config.damping >= 1e-3 else moments.gram
             scaled, ridge = moments.metric.sqrt()[:, None] * weight(group.consumer), self.config.damping
+            gram = precise_enough(moments.gram, ridge)
             if group.experts is not None:
                 order[group.name], error[group.name] = rank_in_experts(group, gram, scaled, ridge)
                 continue
@@ -235,11 +233,11 @@ class STATPruner(Pruner[STATConfig]):
                     continue
                 waiting.append((group, keep, *self._corrected(walk, group, keep)))
                 if not before_pruning:
-                    _apply(*waiting.pop())
+                    put(*waiting.pop())
             if index + 1 < len(walk.blocks):
                 walk.advance(index)
             for each in waiting:
-                _apply(*each)
+                put(*each)
 
     def _corrected(self, walk: BlockWalk, group: Group, keep: Tensor) -> tuple[Tensor, Tensor | None]:
         """The consumer's new weight, and its new bias if that changes."""
@@ -260,10 +258,3 @@ class STATPruner(Pruner[STATConfig]):
         if count < group.units:
             inputs = inputs_of(walk, index, [group])[group.name]
             divide(group, inputs, worth[group.name].to(inputs.gram.device), count, self.config.damping)
-
-
-def _apply(group: Group, keep: Tensor, corrected: Tensor, bias: Tensor | None) -> None:
-    slice_group(group, keep)
-    set_weight(group.consumer, corrected)
-    if bias is not None:
-        set_bias(group.consumer, bias)

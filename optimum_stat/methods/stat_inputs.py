@@ -9,10 +9,9 @@ from torch import Tensor
 
 from ..families import Group, weight
 from ..linalg import add_to_gram, symmetrize
+from ..probes import OVERFLOW
 from ..walk import BlockWalk
 from .stat_experts import add_to_grams
-
-OVERFLOW = "Does the model overflow in its dtype? Try dtype=torch.float32 or torch.bfloat16."
 
 
 @dataclass(frozen=True)

@@ -17,14 +17,12 @@ from torch import Tensor, nn
 from ..budget import Ranking, allocate
 from ..correction import set_bias
 from ..currency import Currency
-from ..elimination import backward_elimination
+from ..elimination import backward_elimination, precise_enough
 from ..families import Group, values_of, weight
 from ..few_values import narrow_values
 from ..linalg import cholesky, damped, least_squares_map, solve_psd, unit_columns
 from ..slicing import set_weight
 from .stat_inputs import Inputs
-
-SINGLE = 1e-3  # from this ridge on, which bounds the condition number, an order needs no more than single precision
 
 
 @dataclass(frozen=True)
@@ -84,8 +82,7 @@ class Turned:
 
     def order(self, metric: Tensor, queries: int, ridge: float) -> tuple[Tensor, Tensor]:
         """Backward elimination of dimensions, all heads together: as `linalg.backward_elimination`."""
-        gram = self.gram.float() if ridge >= SINGLE else self.gram
-        return backward_elimination(gram, metric.sqrt()[:, None] * self.weight, queries, ridge)
+        return backward_elimination(precise_enough(self.gram, ridge), metric.sqrt()[:, None] * self.weight, queries, ridge)
 
 
 def rank_values(
@@ -97,8 +94,7 @@ def rank_values(
     if not with_heads:
         return order, error, None
     each = queries * group.head_width
-    plain = gram.float() if ridge >= SINGLE else gram
-    best = backward_elimination(plain, metric.sqrt()[:, None] * full, each, ridge)[0]
+    best = backward_elimination(precise_enough(gram, ridge), metric.sqrt()[:, None] * full, each, ridge)[0]
     within = torch.zeros(heads + 1, group.units + 1, dtype=error.dtype, device=error.device)
     within[heads] = error
     for count in range(1, heads):

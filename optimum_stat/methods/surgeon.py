@@ -12,16 +12,16 @@ from torch import Tensor, nn
 from ..budget import Cost, Ranking
 from ..card import Paper
 from ..config import PruningConfig
-from ..correction import corrected_consumer, set_bias
+from ..correction import corrected_consumer, put
 from ..data import Batches
-from ..elimination import backward_elimination
+from ..elimination import backward_elimination, precise_enough
 from ..families import Group, find_blocks, find_groups, weight
 from ..linalg import cholesky
 from ..offload import brought_in
 from ..probes import num_predictions
 from ..pruner import Pruner
 from ..report import Lines, TimedStage
-from ..slicing import Plan, set_weight, slice_group
+from ..slicing import Plan
 from ..walk import BlockWalk
 from . import surgeon_lora, surgeon_published, surgeon_sparse
 from .surgeon_curvature import LABELS, Factors, factors_by_block
@@ -207,10 +207,7 @@ class SurgeonPruner(Pruner[SurgeonConfig]):
             for group in groups:
                 if group.block == index and len(plan[group.name]) < group.units:
                     corrected, bias = corrected_consumer(walk, group, plan[group.name], with_bias=True)
-                    slice_group(group, plan[group.name])
-                    set_weight(group.consumer, corrected)
-                    if bias is not None:
-                        set_bias(group.consumer, bias)
+                    put(group, plan[group.name], corrected, bias)
             if index + 1 < len(walk.blocks):
                 walk.advance(index)
 
@@ -222,6 +219,5 @@ def _elimination(group: Group, factors: Factors, ridge: float) -> tuple[Tensor, 
     full = weight(group.consumer)
     full = full.to(torch.promote_types(full.dtype, torch.float32))
     scaled = cholesky(factors.gradients).T.to(full.dtype) @ full
-    # an order needs no more than single precision once the ridge bounds the condition number
-    order, error = backward_elimination(gram.float() if ridge >= 1e-3 else gram, scaled, group.width, ridge)
+    order, error = backward_elimination(precise_enough(gram, ridge), scaled, group.width, ridge)
     return order, error / 2

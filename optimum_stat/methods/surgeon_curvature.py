@@ -25,11 +25,10 @@ from ..data import Batches
 from ..families import applications_of, masks_of_linears, weight
 from ..gradients import Loss, Passes
 from ..linalg import add_to_gram, symmetrize
-from ..probes import device_of, has_loss, small_parts
+from ..probes import OVERFLOW, device_of, has_loss, small_parts
 from ..processes import Processes
 
 LABELS = ("data", "model")
-OVERFLOW = "Does the model overflow in its dtype? Try dtype=torch.float32 or torch.bfloat16."
 
 
 @dataclass(frozen=True)

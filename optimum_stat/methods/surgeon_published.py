@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from ..correction import set_bias
 from ..families import Group, weight
+from ..linalg import sums_of_what_goes
 from ..offload import brought_in
 from ..slicing import Plan, consumer_columns, set_weight
 from .surgeon_curvature import Factors
@@ -43,8 +44,7 @@ def rank(group: Group, factors: Mapping[nn.Module, Factors], damping: float) -> 
     """Units by their own cost, and the sums of these costs."""
     cost = _costs(group, factors, damping).min(0).values.clamp_min(0)
     order = cost.argsort(descending=True, stable=True)
-    left = cost[order].flip(0).cumsum(0).flip(0)
-    return order, torch.cat([left, left.new_zeros(1)])
+    return order, sums_of_what_goes(cost[order])
 
 
 @torch.no_grad()

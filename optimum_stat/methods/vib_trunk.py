@@ -16,10 +16,9 @@ from ..narrowing import multiply
 from ..slicing import Plan
 from ..stream import find_stream, is_norm
 from ..training_sizes import Size, first, orders
+from ..trunk import HIDDEN, LAYERS
 from ..trunk_costs import TrunkCosts
 from .vib_gates import START, divergence, log_noise
-
-LAYERS, HIDDEN = "layers", "hidden"
 
 
 class TrunkGates(nn.Module):
