@@ -24,6 +24,8 @@ from .family_table import (
 from .few_pairs import FewPairs
 from .few_values import FewValues, OfFewValues
 
+INPUTS = (*QUERY_KEY_VALUE, *((name,) for name in FUSED))
+
 
 @dataclass(frozen=True)
 class Attention:
@@ -61,13 +63,14 @@ class Feed:
 
 def attentions(block: nn.Module) -> Iterator[Attention]:
     """Every attention in a block."""
-    sets = (*QUERY_KEY_VALUE, *((name,) for name in FUSED))
-    for path, module in block.named_modules():
-        linears = next((own for names in sets if (own := _all(module, names))), [])
+    for path, module in _parents(block):
+        linears = next((own for names in INPUTS if (own := _all(module, names))), None)
+        if linears is None:
+            continue
         out = _first(module, ATTENTION_OUT)
         if out is None and path:
             out = at(block.get_submodule(path.rpartition(".")[0]), ATTENTION_OUT_BESIDE)
-        if linears and out is not None:
+        if out is not None:
             around, cross = _enclosing(block, path), not set(CROSS_ATTENTION).isdisjoint(path.split("."))
             norm = first_of(around, NORM_BEFORE_CROSS if cross else NORM_BEFORE_ATTENTION)
             yield Attention(path, module, linears, out, around, norm, cross)
@@ -75,7 +78,7 @@ def attentions(block: nn.Module) -> Iterator[Attention]:
 
 def feeds(block: nn.Module) -> Iterator[Feed]:
     """Every pair of linears in a block between which neurons stand, one of them perhaps with a gate."""
-    for path, module in block.named_modules():
+    for path, module in _parents(block):
         for names, name in NEURONS:
             down = at(module, name)
             up = [] if down is None else _all(module, names)
@@ -130,6 +133,8 @@ def outer_shape(linear: nn.Module) -> tuple[int, int]:
 
 def at(module: nn.Module, path: str) -> nn.Module | None:
     """The module at a dotted path, or None."""
+    if path and "." not in path:
+        return module._modules.get(path)
     for name in path.split("."):
         child = module._modules.get(name) if name else None
         if child is None:
@@ -141,6 +146,11 @@ def at(module: nn.Module, path: str) -> nn.Module | None:
 def first_of(modules: list[nn.Module], names: tuple[str, ...]) -> nn.Module | None:
     """What one of the names means, in the first of the modules that has one."""
     return next((found for module in modules if (found := _first(module, names)) is not None), None)
+
+
+def _parents(block: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """What has modules inside, which most have not, with the path to it."""
+    return ((path, module) for path, module in block.named_modules() if module._modules)
 
 
 def _enclosing(block: nn.Module, path: str) -> list[nn.Module]:

@@ -38,9 +38,8 @@ def find_stacks(model: Any) -> list[Stack]:
     found: dict[str, nn.ModuleList] = {}
     base = getattr(model, "base_model", model)
     for name, module in base.named_modules():
-        inner = any(name.startswith(f"{outer}.") for outer in found)
-        if not inner and isinstance(module, nn.ModuleList) and len(module) and any(attentions(module[0])):
-            found[name] = module
+        if isinstance(module, nn.ModuleList) and len(module) and not any(name.startswith(f"{outer}.") for outer in found):
+            found |= {name: module} if any(attentions(module[0])) else {}
     if not found:
         raise unknown(model, inventory_of_model(base))
     return [_stack(model, base, path, blocks, position) for position, (path, blocks) in enumerate(found.items())]

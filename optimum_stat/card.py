@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -9,8 +10,9 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
+import jinja2
 import transformers
-from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from huggingface_hub import EvalResult, ModelCardData
 from transformers.models.auto import modeling_auto
 
 from . import plots, remote_code
@@ -83,9 +85,8 @@ def render(recipe: dict[str, Any], repo_id: str, paper: Paper, pictures: Sequenc
         eval_results=_results(recipe, task) or None,
         **recipe.get("base_card", {}),  # recipes of old have none
     )
-    card = ModelCard.from_template(
-        data,
-        template_str=(resources.files("optimum_stat") / "card_template.md").read_text(),
+    return _template().render(
+        card_data=data.to_yaml(),
         repo_id=repo_id,
         task=task,
         recipe=recipe,
@@ -112,7 +113,12 @@ def render(recipe: dict[str, Any], repo_id: str, paper: Paper, pictures: Sequenc
         family=_family(recipe.get("family"), report["keep"]),
         macs_ratio=report["pruned"]["block_macs"] / report["dense"]["block_macs"],
     )
-    return str(card)
+
+
+@functools.cache
+def _template() -> jinja2.Template:
+    """Once a process: a family has many cards, and compiling takes longer than rendering."""
+    return jinja2.Template((resources.files("optimum_stat") / "card_template.md").read_text("utf-8"))
 
 
 def _asks(config: dict[str, Any]) -> dict[str, Any]:

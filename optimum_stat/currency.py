@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -83,6 +83,10 @@ class Currency:
         Raises:
             ValueError: the smallest plan there is costs more.
         """
+        return self.limits()(keep)
+
+    def limits(self) -> Callable[[float], float]:
+        """`limit`, as long as the model keeps its size: what does not depend on the share is found out once."""
         groups = find_groups(self.model, self.structures)
         costs, sizes = self.choices(groups)
         if self.table is not None:
@@ -93,21 +97,28 @@ class Currency:
             total = getattr(self.dense, f"block_{self.budget}")
             fixed = model_cost(self.model, self.budget, self.seq_len) - sum(own[-1] for own in costs.values())
         least = fixed + sum(min(own) for own in costs.values())
-        allowed = keep * total if self.table is None else self.table.limit(keep * total)
-        if allowed < least:
+
+        def limit(keep: float) -> float:
+            allowed = keep * total if self.table is None else self.table.limit(keep * total)
+            if allowed >= least:
+                return float(allowed - fixed)
             made = least if self.table is None else self.table.taken(least)
             what = f"{total / 1e6:.3f} ms for {self.table.setting}" if self.table else f"{total:,} {UNITS[self.budget]}"
-            neurons = max((sizes[group.name][0] for group in groups if group.structure == "neurons"), default=0)
-            fewest = {"heads": "one head", "neurons": f"{neurons} neurons"}
-            for name in ("pairs", "values"):
-                own = [sizes[group.name][0] for group in groups if group.structure == name]
-                fewest |= {name: f"{max(own)} {name}"} if own else {}
-            units = " and ".join(own if name in self.structures else f"all {name}" for name, own in fewest.items())
             raise ValueError(
-                f"keep={keep} of {what} asked, but {units} in every block "
-                f"already make {made / total:.4f}. Keep more, lower round_to, or let other structures go too."
+                f"keep={keep} of {what} asked, but {self._fewest(groups, sizes)} in every block already make "
+                f"{made / total:.4f}. Keep more, lower round_to, or let other structures go too."
             )
-        return allowed - fixed
+
+        return limit
+
+    def _fewest(self, groups: Sequence[Group], sizes: Mapping[str, Sequence[int]]) -> str:
+        """What the smallest plan leaves of a block, in words."""
+        neurons = max((sizes[group.name][0] for group in groups if group.structure == "neurons"), default=0)
+        fewest = {"heads": "one head", "neurons": f"{neurons} neurons"}
+        for name in ("pairs", "values"):
+            own = [sizes[group.name][0] for group in groups if group.structure == name]
+            fewest |= {name: f"{max(own)} {name}"} if own else {}
+        return " and ".join(own if name in self.structures else f"all {name}" for name, own in fewest.items())
 
     def reaches(self, keep: float) -> bool:
         """Whether there is a plan so small."""

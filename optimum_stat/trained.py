@@ -147,7 +147,7 @@ class TrainedPruner(Pruner[T]):
 
     def size(self, groups: list[Group]) -> Size:
         """What masks for `groups` have to come down to."""
-        return Size(self.config.keep, *self.currency.choices(groups), self.currency.limit)
+        return Size(self.config.keep, *self.currency.choices(groups), self.currency.limits())
 
     @final
     def shoot(self, keep: float, batches: Batches, stage: TimedStage) -> Lines:
