@@ -24,6 +24,7 @@ from .journal import Journal
 from .media import make_media_batches
 from .offload import is_offloaded
 from .processes import Processes
+from .trial import refuse_unlike
 
 if TYPE_CHECKING:
     from .pruner import Pruner
@@ -56,6 +57,7 @@ def read(
             f"A {type(model).__name__} finds the end of an example by config.pad_token_id, and has none: set it to the id that "
             "its texts will be padded with (the tokenizer's pad_token_id), or ask for batch_size=1."
         )
+    refuse_unlike(model, batches)
     return replace(batches, processes=Processes.launched())
 
 

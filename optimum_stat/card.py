@@ -15,7 +15,7 @@ import transformers
 from huggingface_hub import EvalResult, ModelCardData
 from transformers.models.auto import modeling_auto
 
-from . import plots, remote_code
+from . import folders, plots, remote_code
 from .config import PruningConfig
 from .families import task_of_class
 from .hub import is_hub_id, shown
@@ -58,15 +58,13 @@ ALT = {
 
 
 def write(folder: Path, recipe: dict[str, Any], repo_id: str, paper: Paper) -> None:
-    """README.md, and the pictures in it if there is matplotlib, in place of earlier ones; each written beside, then renamed."""
+    """README.md, and the pictures in it if there is matplotlib, each in place of an earlier one."""
     files = {f"{PICTURES}/{name}": content for name, content in plots.pictures(recipe).items()}
     names = [Path(name).stem for name in files]
     if files:
         (folder / PICTURES).mkdir(exist_ok=True)
     for name, content in {**files, "README.md": render(recipe, repo_id, paper, names).encode()}.items():
-        beside = (folder / name).with_name(f".{Path(name).name}.new")
-        beside.write_bytes(content)
-        beside.replace(folder / name)
+        folders.replace(folder / name, content)
 
 
 def render(recipe: dict[str, Any], repo_id: str, paper: Paper, pictures: Sequence[str] = ()) -> str:

@@ -162,6 +162,7 @@ FAMILIES: dict[str, Family] = {
     "mistral": _DECODER,
     "mixtral": _MIXTURE,
     "modernbert": Family(causal=False, fused="stacked"),
+    "mpnet": Family(causal=False, bias_by_head=("position_bias",)),
     "nemotron": _DECODER,
     "olmo2": _DECODER,
     "opt": Family(per_layer_config=("num_attention_heads", "", "ffn_dim")),

@@ -29,6 +29,18 @@ def refuse_full(folder: Path, done: str, besides: Collection[Path] = ()) -> None
         raise FileExistsError(f"{folder} exists and is not an empty folder; nothing was {done}. Choose another place.")
 
 
+def replace(path: Path, content: bytes) -> None:
+    """Write a file, in place of an older one as a whole or not at all: beside it, then renamed."""
+    beside = path.with_name(f".{path.name}-{secrets.token_hex(4)}.new")
+    try:
+        beside.write_bytes(content)
+        beside.replace(path)
+    except BaseException:
+        with suppress(OSError):
+            beside.unlink(missing_ok=True)
+        raise
+
+
 def nearest(path: Path) -> Path:
     """What is there of `path`: itself, or what it would be made in."""
     real = target(path)

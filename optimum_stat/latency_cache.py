@@ -6,16 +6,14 @@ import dataclasses
 import hashlib
 import json
 import logging
-import time
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from . import latency
+from . import folders, latency
 from .budget import options
 from .families import find_groups
 from .latency import LatencyTable
@@ -47,14 +45,10 @@ def latency_table(model: Any, round_to: int, setting: Setting, path: str | None 
         except DAMAGED as error:
             logger.warning("The latencies in %s cannot be read and are measured again: %s", cached, error)
     table = measure_table(model, round_to, setting)
-    beside = cached.with_name(f".{cached.name}.{time.time_ns()}")
     try:
         cached.parent.mkdir(parents=True, exist_ok=True)
-        beside.write_text(json.dumps(table.to_dict()))
-        beside.replace(cached)
+        folders.replace(cached, json.dumps(table.to_dict()).encode())
     except OSError as error:  # the next run measures again; this one goes on
-        with suppress(OSError):
-            beside.unlink(missing_ok=True)
         logger.warning("The latencies could not be remembered in %s: %s", cached.parent, error)
     return table
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -27,6 +26,4 @@ def enter(folder: Path, metrics: Sequence[Mapping[str, Any]] = (), **values: Any
     if paper is None:
         raise ValueError(f"{folder / folders.RECIPE} names method {recipe['method']!r}, which this optimum-stat lacks.")
     card.write(folder, recipe, folder.absolute().name, paper)
-    beside = folder / f".{folders.RECIPE}.new"
-    beside.write_text(json.dumps(recipe, indent=2) + "\n", "utf-8")
-    os.replace(beside, folder / folders.RECIPE)
+    folders.replace(folder / folders.RECIPE, f"{json.dumps(recipe, indent=2)}\n".encode())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -153,7 +154,7 @@ def keep_heads(group: Group, heads: Sequence[int]) -> None:
     if group.handed_on is not None:
         own_biases(group.handed_on)
     elif not any(isinstance(hook, OwnHeads) for hook in module._forward_pre_hooks.values()):
-        module.register_forward_pre_hook(OwnHeads(names), with_kwargs=True)
+        module.register_forward_pre_hook(OwnHeads(module, names), with_kwargs=True)
 
 
 def own_biases(handed_on: HandedOn) -> None:
@@ -199,19 +200,21 @@ class OwnBias:
 class OwnHeads:
     """Forward pre-hook of an attention: takes its own heads' share of arguments made for all heads of the dense model."""
 
-    def __init__(self, names: tuple[str, ...]):
+    def __init__(self, module: nn.Module, names: tuple[str, ...]):
         self.names = names
+        self.parameters = tuple(inspect.signature(type(module).forward).parameters)[1:]
 
     def __call__(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
         """Select in those of [batch, heads, ...], or [batch * heads, 1, length]; one of [batch, 1, ...] is for all heads."""
-        kwargs, batch = dict(kwargs), args[0].shape[0]
+        batch = args[0].shape[0]
+        kwargs = {**dict(zip(self.parameters[1:], args[1:], strict=False)), **kwargs}
         for name in self.names:
             value = kwargs.get(name)
             if value is not None and value.dim() == 3:
                 kwargs[name] = value.unflatten(0, (batch, -1))[:, list(module.kept_heads)].flatten(0, 1)
             elif value is not None and value.shape[1] > 1:
                 kwargs[name] = value[:, list(module.kept_heads)]
-        return args, kwargs
+        return args[:1], kwargs
 
 
 @contextmanager

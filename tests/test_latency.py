@@ -467,15 +467,15 @@ def test_a_folder_that_cannot_be_written_does_not_stop_the_run(
 def test_a_full_disk_leaves_nothing_behind(
     memory: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    original, setting = Path.write_text, prefill(tiny("bert"), 1, 6)
+    original, setting = Path.write_bytes, prefill(tiny("bert"), 1, 6)
 
-    def write_text(path: Path, text: str) -> None:
-        original(path, text[:9])
+    def write_bytes(path: Path, content: bytes) -> None:
+        original(path, content[:9])
         raise OSError(28, "No space left on device")
 
     table = LatencyTable(setting, 7, {"0.heads": [1]}, {"0.heads": [5]}, [[0, 0], [7, 7]])
     monkeypatch.setattr(latency_cache, "measure_table", lambda *_: table)
-    monkeypatch.setattr(Path, "write_text", write_text)
+    monkeypatch.setattr(Path, "write_bytes", write_bytes)
     assert latency_table(tiny("bert"), 8, setting) is table
     assert "No space left on device" in caplog.text
     assert list(memory.iterdir()) == []

@@ -17,7 +17,19 @@ from optimum_stat.family_table import FAMILIES
 
 PACKAGE = Path(optimum_stat.__file__).parent
 LAYERS = (
-    {"linalg", "family_table", "few_values", "config", "autoload", "processes", "activations", "progress", "coherence", "hub"},
+    {
+        "linalg",
+        "family_table",
+        "few_values",
+        "config",
+        "autoload",
+        "processes",
+        "activations",
+        "progress",
+        "coherence",
+        "hub",
+        "folders",
+    },
     {"experts", "offload", "elimination"},
     {"few_pairs"},
     {"anatomy", "journal"},
@@ -43,6 +55,7 @@ LAYERS = (
         "slicing",
         "stream",
         "timestamps",
+        "trial",
         "narrowing",
         "trunk_costs",
         "parts",
@@ -71,7 +84,6 @@ LAYERS = (
     {
         "base_card",
         "card",
-        "folders",
         "plots",
         "recipe",
         "report",

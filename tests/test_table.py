@@ -235,7 +235,7 @@ def two_stacks(family: str, holds: Any, folder: Path) -> None:
 GENERATING = (*DECODERS, *SEQUENCES)
 SILENT = tuple(family for family in ROWS if family not in GENERATING)
 BOTH_SIDES = tuple(family for family in SEQUENCES if family not in MIXTURES)
-EAGER = ("bloom", "deberta", "deberta-v2", "deberta-v2, shared", "gemma2", "gpt_oss")
+EAGER = ("bloom", "deberta", "deberta-v2", "deberta-v2, shared", "gemma2", "gpt_oss", "mpnet")
 NO_GENERATE = "has no attribute 'generate'"
 NO_SDPA = "does not support an attention implementation through"
 MUTE = dict.fromkeys(SILENT, ("no language model", refuses(NO_GENERATE)))

@@ -65,6 +65,7 @@ SIZES: dict[str, dict[str, Any]] = {
         **dict.fromkeys(("bos_token_id", "cls_token_id"), 0),
         **dict.fromkeys(("eos_token_id", "sep_token_id"), 2),
     },
+    "mpnet": _BERT,
     "nemotron": {**_LLAMA, "head_dim": 8},
     "olmo2": _LLAMA,
     "opt": {
@@ -91,7 +92,7 @@ SIZES |= {
     "albert, two blocks": {**SIZES["albert"], "num_hidden_layers": 4, "num_hidden_groups": 2},
 }
 """One row a family; after a comma, other architectures under a family's name."""
-_ENCODERS = ("albert", "bert", "deberta", "deberta-v2", "distilbert", "electra", "modernbert", "roberta")
+_ENCODERS = ("albert", "bert", "deberta", "deberta-v2", "distilbert", "electra", "modernbert", "mpnet", "roberta")
 ENCODERS = tuple(name for name in SIZES if name.split(",")[0] in _ENCODERS)
 DECODERS = tuple(name for name in SIZES if name not in ENCODERS)
 LLAMAS = tuple(name for name in DECODERS if name.split(",")[0] not in ("bloom", "falcon", "gpt2", "gpt_neox", "opt"))

@@ -1,0 +1,52 @@
+"""Families that nobody listed: what a forward pass knows of heads and neurons besides names and shapes is found out by trying."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from tiny import data_of, outputs, tiny
+
+from optimum_stat import FisherConfig, FisherPruner, STATConfig, STATPruner
+from optimum_stat.family_table import FAMILIES
+
+CONFIG = STATConfig(keep=0.6, round_to=1)
+
+
+@pytest.fixture
+def unlisted(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """A model whose family is not listed, until the test is over."""
+
+    def make(family: str) -> Any:
+        model = tiny(family)
+        monkeypatch.delitem(FAMILIES, model.config.model_type)
+        return model
+
+    return make
+
+
+@pytest.mark.parametrize("family", ["bert", "llama", "mixtral", "vit"])
+def test_one_that_is_built_of_common_parts_is_pruned_as_if_it_were_listed(unlisted: Any, family: str) -> None:
+    alone = FisherPruner(tiny(family), FisherConfig(keep=0.6)).prune(data_of(family))
+    found = FisherPruner(unlisted(family), FisherConfig(keep=0.6)).prune(data_of(family))
+    assert torch.equal(outputs(found, data_of(family)[0]), outputs(alone, data_of(family)[0]))
+
+
+@pytest.mark.parametrize("family", ["mpnet", "t5"])
+def test_a_bias_with_a_share_for_each_head_is_noticed_before_any_work(unlisted: Any, family: str) -> None:
+    model = unlisted(family)
+    before, wanted = copy.deepcopy(model.state_dict()), outputs(model, data_of(family)[0])
+    with pytest.raises(ValueError, match=f"model_type='{family}' .* none of the families .* does not run with fewer heads"):
+        STATPruner(model, CONFIG).prune(data_of(family))
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert torch.equal(outputs(model, data_of(family)[0]), wanted)
+
+
+def test_a_width_that_the_forward_pass_reads_is_noticed(unlisted: Any) -> None:
+    model = unlisted("llama")
+    for block in model.model.layers:
+        block.self_attn.register_forward_hook(lambda own, _, out: (out[0] * own.o_proj.in_features / 32, *out[1:]))
+    with pytest.raises(ValueError, match=r"model_type='llama' .* it computes something else"):
+        STATPruner(model, CONFIG).prune(data_of("llama"))
