@@ -81,7 +81,7 @@ def test_all_other_commands_are_ones_that_there_are():
     cards = [path.read_text() for path in (ROOT / "model_cards").glob("*/README.md")]
     told = README.replace("\\\n", " ") + "".join(cards)
     lines = re.findall(r"^ *(?:torchrun .*)?(?:optimum-cli stat|optimum-stat) prune .*OUTPUT.*", told, flags=re.M)
-    assert len(lines) == 3 + len(cards)
+    assert len(lines) == 5 + len(cards)
     parser = argparse.ArgumentParser()
     PruneCommand.parse_args(parser)
     for line in lines:
