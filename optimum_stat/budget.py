@@ -17,6 +17,11 @@ Lengths = int | tuple[int, ...]
 OF_EXPERTS = 8  # neurons
 
 
+def in_words(lengths: Lengths) -> str:
+    """Such as "13 tokens", or "1500 + 12 tokens" of an encoder and a decoder, or of two towers."""
+    return f"{lengths if isinstance(lengths, int) else ' + '.join(map(str, lengths))} tokens"
+
+
 @dataclass(frozen=True)
 class Ranking:
     """The one contract between a method and the allocator."""

@@ -16,6 +16,7 @@ from huggingface_hub import EvalResult, ModelCardData
 from transformers.models.auto import modeling_auto
 
 from . import folders, plots, remote_code
+from .budget import in_words
 from .config import PruningConfig
 from .families import task_of_class
 from .hub import is_hub_id, shown
@@ -90,6 +91,7 @@ def render(recipe: dict[str, Any], repo_id: str, paper: Paper, pictures: Sequenc
         recipe=recipe,
         on_hub=is_hub_id(recipe["base_model"]),
         report=report,
+        length=in_words(report["seq_len"]),
         paper=paper,
         auto_class=_auto_class(recipe["architecture"]),
         layers=_layers(report["groups"]),

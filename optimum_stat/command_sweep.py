@@ -83,7 +83,13 @@ class SweepCommand(Command):
             raise WrongArguments("--eval-split asked without --dataset, whose part it would be.")
         command_data.check(name)
         config_name = args.dataset_config if args.eval_dataset is None else None
-        return command_data.load(name, config_name, args.eval_split, streaming=args.streaming, for_evaluation=True)
+        from .evaluation import Data, data_config
+
+        dataset = command_data.load(name, config_name, args.eval_split, streaming=args.streaming, for_evaluation=True)
+        texts, label, columns = command_data.text_columns(args), args.label_column, dataset.column_names or ()
+        # they name those of --dataset, which another one need not have
+        own = {"text_columns": texts if {*(texts or ())} <= {*columns} else None}
+        return Data(dataset, data_config(), label_column=label if label in columns else None, **own)
 
 
 def _shares(text: str) -> list[float]:

@@ -28,8 +28,9 @@ class EvaluateCommand(Command):
     def parse_args(parser: Any) -> None:
         """Declare the options."""
         parser.description = (
-            "Measure a model on what its head is for, and its dense model beside it: perplexity, accuracy and F1, correlation, "
-            "exact match and F1 of answers; for models without a head, the cosine of the two models' embeddings."
+            "Measure a model on what its head is for, and its dense model beside it: perplexity, accuracy and F1 of texts, "
+            "words, images or sounds, correlation, exact match and F1 of answers, word error rate; for models without a head, "
+            "the cosine of the two models' embeddings. README says which columns of the dataset each of these reads."
         )
         parser.add_argument("model", metavar="MODEL", help="a model on the Hub, or a folder")
         dense = parser.add_mutually_exclusive_group()

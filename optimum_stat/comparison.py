@@ -12,15 +12,20 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import hf_hub_download, try_to_load_from_cache
+from torch import Tensor
 from transformers.utils.logging import tqdm
 
 from . import checkpoint, folders
-from .evaluation import Data, Measured, cosine, measure
+from .blocks import reads_tokens_alone
+from .budget import in_words
+from .evaluation import Data, Measured, measure
 from .families import task_of
-from .rows import Rows
+from .rows import name_of
+from .scores import cosine
 from .speed import Speed, side_by_side
 
 logger = logging.getLogger(__name__)
+_NO_DENSE = "The speed of {} beside its dense model asked, and there is none. Name it with --dense."
 
 
 @dataclass(frozen=True)
@@ -83,28 +88,40 @@ class Comparison:
 
     def __str__(self) -> str:
         pruned, dense = self.pruned, self.dense
-        tokens = pruned.measured.num_tokens
+        tokens = in_words(pruned.measured.num_tokens)
         rows = [("", "dense" if dense else "", "model", "ratio" if dense else "")]
         rows += [_row(m["name"], m["dense"], m["value"], "{:.4f}") for m in self.metrics]
         rows.append(_row("parameters", dense.measured.parameters if dense else None, pruned.measured.parameters, "{:,}"))
-        macs = f"M MACs, {tokens} tokens"
+        macs = f"M MACs, {tokens}"
         rows.append(_row(macs, dense.millions_of_macs if dense else None, pruned.millions_of_macs, "{:,.0f}"))
         rows.append(_row("MB on disk", dense.megabytes if dense else None, pruned.megabytes, "{:,.1f}"))
-        rows.append(_row(f"ms for {tokens} tokens", dense.milliseconds if dense else None, pruned.milliseconds, "{:,.1f}"))
-        lines = [f"{name:<22}{dense:>16}{value:>16}{ratio:>8}".rstrip() for name, dense, value, ratio in rows]
+        rows.append(_row(f"ms for {tokens}", dense.milliseconds if dense else None, pruned.milliseconds, "{:,.1f}"))
+        width = max(22, *(len(name) + 1 for name, *_ in rows))
+        lines = [f"{name:<{width}}{dense:>16}{value:>16}{ratio:>8}".rstrip() for name, dense, value, ratio in rows]
         about = [f"model: {self.pruned.name}", *([f"dense: {self.dense.name}"] if self.dense else []), f"data: {self.dataset}"]
         return "\n".join([*about, *lines, *map(str, self.speed)])
 
 
 def speeds(
-    model: str, dense: str, batch_sizes: Sequence[int], seq_len: int, task: str, device: Any, **kwargs: Any
+    model: str,
+    dense: str,
+    batch_sizes: Sequence[int],
+    seq_len: Any,
+    task: str,
+    device: Any,
+    example: dict[str, Tensor],
+    **kwargs: Any,
 ) -> list[Speed]:
-    """Both models in memory, in one dtype, timed in turn on batches of these sizes; of language models, decoding too."""
+    """Both models in memory, in one dtype, timed in turn on batches of these sizes; of language models, decoding too.
+
+    On `seq_len` tokens; models that read anything else than token ids, on so many of `example`.
+    """
     both = [checkpoint.load(path, task=task, **own)[0] for path, own in ((model, kwargs), (dense, _of_dense(kwargs)))]
     both = [each.to(device=device, dtype=both[0].dtype) for each in both]
     phases = ("prefill", "decode") if task == "text-generation" else ("prefill",)
     work = [(phase, size) for phase in phases for size in batch_sizes]
-    return [side_by_side(both[1], both[0], size, seq_len, phase) for phase, size in tqdm(work, desc="Speed")]
+    own = None if reads_tokens_alone(both[0]) else example
+    return [side_by_side(both[1], both[0], size, seq_len, phase, example=own) for phase, size in tqdm(work, desc="Speed")]
 
 
 def compare(
@@ -122,6 +139,8 @@ def compare(
 
     `kwargs` go to from_pretrained. If `dense` cannot be loaded and need not be (`must`), it is left out with a warning.
     """
+    if speed and dense is None:
+        raise ValueError(_NO_DENSE.format(model))
     pruned, task = _side(model, data, task, device, **kwargs)
     beside = None
     if dense is not None:
@@ -137,14 +156,15 @@ def compare(
             f"{model} has no head: what is measured is how close its embeddings are to those of its dense model, and there is "
             "none to compare with. Name it with --dense, or give pairs of texts with a score (--label-column)."
         )
-    found = Comparison(pruned, beside, Rows(data.dataset, data.text_columns, 1).source().partition(", columns ")[0])
+    found = Comparison(pruned, beside, name_of(data.dataset) or "data without a name")
     if not speed:
         return found
     if dense is None or beside is None:
-        raise ValueError(f"The speed of {model} beside its dense model asked, and there is none. Name it with --dense.")
+        raise ValueError(_NO_DENSE.format(model))
     seq_len = (_recipe(model, kwargs.get("revision")).get("report") or {}).get("seq_len") or pruned.measured.num_tokens
     try:
-        return replace(found, speed=tuple(speeds(model, dense, speed, seq_len, task, device, **kwargs)))
+        example = pruned.measured.example
+        return replace(found, speed=tuple(speeds(model, dense, speed, seq_len, task, device, example, **kwargs)))
     except (ValueError, RuntimeError) as error:  # such as no memory for both: what was measured before counts
         logger.warning("the speed beside the dense model could not be measured: %s", " ".join(str(error).split()))
         return found
@@ -198,7 +218,8 @@ def _size_on_disk(path: str, kwargs: dict[str, Any]) -> int | None:
 
 
 def _plain(side: Side) -> dict[str, Any]:
-    measured = {name: value for name, value in vars(side.measured).items() if name not in ("embeddings", "metrics", "task")}
+    apart = ("embeddings", "metrics", "task", "example")
+    measured = {name: value for name, value in vars(side.measured).items() if name not in apart}
     return {"name": side.name, **measured, "size_on_disk": side.size_on_disk}
 
 

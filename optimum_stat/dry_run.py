@@ -10,15 +10,15 @@ from typing import Any
 
 from transformers import AutoConfig
 
-from .budget import Cost, model_cost, options, unit_cost
+from .budget import Cost, Lengths, in_words, model_cost, options, unit_cost
 from .config import PruningConfig
 from .currency import Currency
 from .families import Group, find_groups
-from .inspection import from_config_alone
+from .inspection import from_config_alone, lengths_of
 from .routers import Mixture, find_mixtures
 from .trunk import smallest
 
-SEQ_LEN = 128  # tokens of the example whose multiply-adds are counted
+SEQ_LEN = 128  # tokens of the text whose multiply-adds are counted
 BUDGETS = ("params", "macs")
 USUAL = PruningConfig().structures
 
@@ -53,7 +53,8 @@ class DryRun:
 
     model: str
     model_type: str
-    seq_len: int
+    seq_len: Lengths
+    """Of each list of blocks, where there are images: their patches follow from the config."""
     groups: tuple[GroupCost, ...]
     params: int
     """Of the blocks, before pruning."""
@@ -72,7 +73,7 @@ class DryRun:
     def __str__(self) -> str:
         lines = [
             f"{self.model} ({self.model_type}): blocks of {self.params:,} parameters, {self.macs:,} multiply-adds for "
-            f"{self.seq_len} tokens",
+            f"{in_words(self.seq_len)}",
             f"{'blocks':<12}{'group':<20}{'units':>8}{'fewest':>8}{'params of one':>16}{'macs of one':>16}",
         ]
         rows: dict[tuple[Any, ...], list[int]] = {}
@@ -96,6 +97,7 @@ def dry_run(model: str, revision: str | None = None, round_to: int = PruningConf
     """
     config = AutoConfig.from_pretrained(model, revision=revision)
     built = from_config_alone(config)
+    length = lengths_of(built, seq_len)
     found, whole = find_groups(built), dict[str, str]()
     divided: dict[str, list[Group]] = {}
     for name in ("pairs", "values"):
@@ -106,24 +108,24 @@ def dry_run(model: str, revision: str | None = None, round_to: int = PruningConf
     mixtures = find_mixtures(built)
     if not mixtures and any(group.experts is not None for group in found):
         whole["experts"] = "their router is more than rows, and perhaps biases, of experts."
-    groups = [_cost(built, group, round_to, seq_len) for group in chain(found, *divided.values())]
-    total = {budget: model_cost(built, budget, seq_len) for budget in BUDGETS}
+    groups = [_cost(built, group, round_to, length) for group in chain(found, *divided.values())]
+    total = {budget: model_cost(built, budget, length) for budget in BUDGETS}
     more: dict[str, Sequence[Any]] = {"values": divided.get("values", ()), "experts": mixtures}
-    least = {name: _least(built, (*USUAL, name), round_to, seq_len) for name, own in more.items() if own}
+    least = {name: _least(built, (*USUAL, name), round_to, length) for name, own in more.items() if own}
     return DryRun(
         model,
         config.model_type,
-        seq_len,
+        length,
         tuple(sorted([*groups, *_experts(mixtures)], key=lambda group: int(group.name.partition(".")[0]))),
         total["params"],
         total["macs"],
-        _least(built, USUAL, round_to, seq_len),
+        _least(built, USUAL, round_to, length),
         least,
         whole,
     )
 
 
-def _cost(model: Any, group: Group, round_to: int, seq_len: int) -> GroupCost:
+def _cost(model: Any, group: Group, round_to: int, seq_len: Lengths) -> GroupCost:
     costs = [unit_cost(group, budget, seq_len) for budget in BUDGETS]
     return GroupCost(group.name, group.structure, group.units, options(group, round_to)[0], costs[0], costs[1], group.inexact)
 
@@ -136,7 +138,7 @@ def _experts(mixtures: list[Mixture]) -> Iterator[GroupCost]:
         yield GroupCost(mixture.name, "experts", mixture.units, mixture.fewest, params // mixture.units, 0, "")
 
 
-def _least(model: Any, structures: tuple[str, ...], round_to: int, seq_len: int) -> dict[str, float]:
+def _least(model: Any, structures: tuple[str, ...], round_to: int, seq_len: Lengths) -> dict[str, float]:
     """What the smallest plan there is would keep."""
     dense, found = Cost.of(model, seq_len), dict[str, float]()
     for budget in BUDGETS:

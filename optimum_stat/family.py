@@ -7,40 +7,40 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from . import evaluation, recipe_update
+from . import recipe_update
+from .blocks import reads_tokens_alone
+from .evaluation import Data, Measured, measure
 from .probes import quiet
-from .rows import Rows
-from .speed import side_by_side
+from .rows import name_of
+from .speed import Speed, side_by_side
 from .sweep_report import SweepReport
 from .timing import Setting, Workload
 
 
-def write(pruner: Any, family: Iterable[Any], folder: Path, dataset: Any) -> SweepReport:
+def write(pruner: Any, family: Iterable[Any], folder: Path, data: Data | None) -> SweepReport:
     """Every model of `family` into a folder of its own; `pruner` has the dense one.
 
-    With a `dataset`, the metric of all models on it, and their speed on the work that `serve_...` of the configuration say.
+    With `data`, the metric of all models on it, and their speed on the work that `serve_...` of the configuration say; models
+    that read anything else than token ids are timed on one example of it.
     """
     reports, weights, found = [], [], []
-    dense = None if dataset is None else pruner.model  # which a sweep leaves as it is
-    if dense is not None:
-        with quiet(dense):  # what cannot be timed is found out before anything is written
-            Workload(dense, Setting.of(dense, pruner.config.serve_phase, 1, 1))
+    dense = None if data is None else _Dense.of(pruner, data)
     for small in family:
         own = folder / str(small.config.keep)
         small.save_pretrained(own)
         reports.append(small.report)
         weights.append(sum(file.stat().st_size for file in own.glob("*.safetensors")))
         if dense is not None:
-            found.append(_measured(small, dense, dataset))
+            found.append((_metrics(measure(small.model, small.tokenizer, dense.data)), dense.beside(small)))
     report = SweepReport.of_models(pruner, reports, weights)
     if dense is None:
         return report
-    name = Rows(dataset, None, 1).source().partition(", columns ")[0]
+    name = name_of(dense.data.dataset) or "data without a name"
     sizes = [
         dataclasses.replace(size, metrics=metrics, speed=speed)
         for size, (metrics, speed) in zip(report.sizes, found, strict=True)
     ]
-    before = _metrics(pruner, dense, dataset)
+    before = dense.metrics
     report = dataclasses.replace(report, sizes=tuple(sizes), dataset=name, dense_metrics=before)
     for size in report.sizes:
         metrics = [{"name": each, "dataset": name, "value": v, "dense": before[each]} for each, v in size.metrics.items()]
@@ -49,13 +49,37 @@ def write(pruner: Any, family: Iterable[Any], folder: Path, dataset: Any) -> Swe
     return report
 
 
-def _measured(small: Any, dense: Any, dataset: Any) -> tuple[dict[str, float], Any]:
-    config = small.config
-    work = config.serve_batch_size, config.serve_seq_len or small.report.seq_len, config.serve_phase, config.serve_compiled
-    return _metrics(small, small.model, dataset), side_by_side(dense, small.model, *work)
+@dataclasses.dataclass(frozen=True)
+class _Dense:
+    """The dense model, which a sweep leaves as it is, and what it is worth."""
+
+    model: Any
+    data: Data
+    metrics: dict[str, float]
+    example: dict[str, Any] | None
+    """To time it on; None: token ids."""
+
+    @classmethod
+    def of(cls, pruner: Any, data: Data) -> _Dense:
+        """What cannot be timed or measured is found out before anything is written."""
+        config, model = pruner.config, pruner.model
+        data = dataclasses.replace(
+            data, config=dataclasses.replace(data.config, seq_len=config.seq_len, batch_size=config.batch_size)
+        )
+        alone = reads_tokens_alone(model)
+        if alone or config.serve_phase != "prefill":
+            with quiet(model):
+                Workload(model, Setting.of(model, config.serve_phase, 1, 1), None if alone else {})
+        found = measure(model, pruner.tokenizer, data)
+        return cls(model, data, _metrics(found), None if alone else found.example)
+
+    def beside(self, small: Any) -> Speed:
+        """Its speed beside a smaller one's."""
+        config = small.config
+        length = config.serve_seq_len or (small.report.seq_len if self.example is None else 0)
+        work = config.serve_batch_size, length, config.serve_phase, config.serve_compiled
+        return side_by_side(self.model, small.model, *work, self.example)
 
 
-def _metrics(pruner: Any, model: Any, dataset: Any) -> dict[str, float]:
-    config = evaluation.data_config(seq_len=pruner.config.seq_len, batch_size=pruner.config.batch_size)
-    metrics = evaluation.measure(model, pruner.tokenizer, evaluation.Data(dataset, config)).metrics
-    return {name: float(f"{value:.6g}") for name, value in metrics.items()}
+def _metrics(found: Measured) -> dict[str, float]:
+    return {name: float(f"{value:.6g}") for name, value in found.metrics.items()}

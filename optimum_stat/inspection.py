@@ -11,8 +11,11 @@ import torch
 import transformers
 from transformers import MODEL_MAPPING, AutoConfig, AutoModel
 
-from .budget import model_cost
+from .blocks import find_stacks
+from .budget import Lengths, model_cost
+from .calls import stack_tokens
 from .families import find_groups
+from .probes import quiet
 from .routers import find_mixtures
 from .structure import EXPERTS_LEFT, HIDDEN, KEY, PAIRS, VALUES, describe
 
@@ -106,6 +109,27 @@ def from_config_alone(config: Any) -> Any:
     own = getattr(transformers, (getattr(config, "architectures", None) or [""])[0], None)
     with torch.device("meta"):
         return AutoModel.from_config(config) if own is None or type(config) in MODEL_MAPPING else own(config)
+
+
+def lengths_of(model: Any, seq_len: int) -> Lengths:
+    """Tokens of an example in each list of blocks, of a model on the meta device: an image has as many as its size makes.
+
+    All else has `seq_len`; beside images, at most as many as there are positions for.
+    """
+    stacks = find_stacks(model)
+    images = [stack.config for stack in stacks if not stack.mask and getattr(stack.config, "image_size", None)]
+    if len(images) != 1 or len(images) + sum(bool(stack.mask) for stack in stacks) < len(stacks):
+        return seq_len
+    size = images[0].image_size
+    height, width = (size, size) if isinstance(size, int) else size
+    inputs = {"pixel_values": torch.empty(1, images[0].num_channels, height, width, dtype=model.dtype, device="meta")}
+    for stack in stacks:
+        if stack.mask:
+            most = getattr(stack.config, "max_position_embeddings", None) or seq_len
+            inputs["input_ids"] = torch.zeros(1, min(seq_len, most), dtype=torch.long, device="meta")
+    with quiet(model):
+        counts = stack_tokens(model, inputs)
+    return counts[0] if len(counts) == 1 else tuple(counts)
 
 
 def _row(name: str, usual: str) -> tuple[int, str]:

@@ -14,7 +14,7 @@ from .blocks import family_of, is_encoder_decoder, modalities
 from .config import PruningConfig
 from .data import lengths, pad_id_of
 from .families import task_of
-from .labels import predicts_next
+from .labels import IGNORED, predicts_next
 from .media_ready import check_vocabulary, ready_inputs
 from .recordings import is_image, is_sound, pixels, waveform
 from .rows import input_columns
@@ -31,18 +31,21 @@ class Reader:
     config: PruningConfig
     processor: Any
     texts: tuple[str, ...]
+    targets: bool = False
+    """Whether `read` gives, as labels, what a decoder is to predict: [1, length of its input], -100 where nothing counts."""
 
     @property
     def pad_id(self) -> int:
         """The token that fills what is shorter than the longest of its batch."""
-        return pad_id_of(_part(self.processor, "tokenizer"), self.model.config.get_text_config())
+        return pad_id_of(part_of(self.processor, "tokenizer"), self.model.config.get_text_config())
 
     def read(self, row: Mapping[str, Any], where: str) -> dict[str, Tensor]:
         """What is ready as it is; the rest through the parts of the processor."""
         result = ready_inputs(row, self.model, where, writes(self.model))
         accepted = inspect.signature(self.model.forward).parameters
         for kind in modalities(self.model):
-            if not self._inputs_of(kind) & result.keys():
+            own = self._inputs_of(kind)
+            if own & accepted.keys() and not own & result.keys():
                 made = {"image": self._image, "audio": self._sound, "text": self._text}[kind](row, where)
                 result |= {name: value for name, value in made.items() if name in accepted}
         return self._with_decoder(result, where)
@@ -50,17 +53,17 @@ class Reader:
     def _inputs_of(self, kind: str) -> set[str]:
         """Those of which one says that a row is ready, as far as this kind goes."""
         own = {"image": {"pixel_values"}, "audio": {"input_values", "input_features"}}
-        of_decoder = {"labels"} if "audio" in modalities(self.model) else set()
+        of_decoder = {"labels"} if "audio" in modalities(self.model) and writes(self.model) else set()
         return own.get(kind, {"input_ids", "decoder_input_ids"} | of_decoder)
 
     def _image(self, row: Mapping[str, Any], where: str) -> dict[str, Tensor]:
         value = _only(row, is_image, "image", where)
-        part = _needed(_part(self.processor, "image_processor"), "image processor")
+        part = needed(part_of(self.processor, "image_processor"), "image processor")
         return {"pixel_values": part(images=pixels(value, where), return_tensors="pt")["pixel_values"]}
 
     def _sound(self, row: Mapping[str, Any], where: str) -> dict[str, Tensor]:
         value = _only(row, is_sound, "sound", where)
-        part = _needed(_part(self.processor, "feature_extractor"), "feature extractor")
+        part = needed(part_of(self.processor, "feature_extractor"), "feature extractor")
         samples = waveform(value, part.sampling_rate, where)
         encoded = part(samples, sampling_rate=part.sampling_rate, return_tensors="pt")
         return {name: value for name, value in encoded.items() if name in ("input_values", "input_features")}
@@ -71,12 +74,17 @@ class Reader:
             raise ValueError(f"{where} has no text in {' and '.join(map(repr, self.texts))}.")
         if not writes(self.model):
             return self._tokenized(*found)
+        if self.targets and self.texts[0] == self.texts[-1] and "audio" not in modalities(self.model):
+            raise ValueError(
+                f"{where} has one text, {self.texts[0]!r}, where a source and a target were expected. Columns: {', '.join(row)}. "
+                "Name both, the source first, with text_columns (--text-columns)."
+            )
         ids = {"labels": self._tokenized(found[-1])["input_ids"]}
         return ids | ({} if "audio" in modalities(self.model) else self._tokenized(found[0]))
 
     def _tokenized(self, *texts: Any) -> dict[str, Tensor]:
         """One text, or a pair that is read as one."""
-        tokenizer = _needed(_part(self.processor, "tokenizer"), "tokenizer")
+        tokenizer = needed(part_of(self.processor, "tokenizer"), "tokenizer")
         _, seq_len = lengths(self.config.seq_len, self.model.config.get_text_config(), tokenizer)
         filled = family_of(self.model).reads_padding
         options = {"padding": "max_length" if filled else False, "truncation": True, "max_length": seq_len}
@@ -89,25 +97,45 @@ class Reader:
         """What a decoder reads: its start token, then all of the target but the last."""
         labels = found.pop("labels", None)
         if is_encoder_decoder(self.model) and "decoder_input_ids" not in found:
+            labels = self._without_start(labels, found)
             found |= self._shifted(labels, found, where)
         for of in ("", "decoder_"):
             if f"{of}input_ids" in found:
                 check_vocabulary(found[f"{of}input_ids"], self.model.config.get_text_config(), where)
                 found.setdefault(f"{of}attention_mask", torch.ones_like(found[f"{of}input_ids"]))
-        return found
+        return found | ({"labels": self._predicted(labels, found)} if self.targets else {})
 
-    def _shifted(self, labels: Tensor | None, found: dict[str, Tensor], where: str) -> dict[str, Tensor]:
-        """The labels, or what the encoder reads, behind the start token: once, where the tokenizer puts it there already."""
+    def _predicted(self, labels: Tensor | None, found: dict[str, Tensor]) -> Tensor:
+        """The targets, but for markers that the tokenizer puts in front of a text; without any, the decoder's next tokens."""
+        ids = found["decoder_input_ids"]
+        if labels is None:
+            labels = torch.cat([ids[:, 1:], torch.full_like(ids[:, :1], IGNORED)], 1)
+        labels = labels.masked_fill(found["decoder_attention_mask"] == 0, IGNORED)
+        tokenizer = part_of(self.processor, "tokenizer")
+        markers = [] if tokenizer is None else [own for own in tokenizer.all_special_ids if own != tokenizer.eos_token_id]
+        in_front = torch.isin(labels, torch.tensor(markers, dtype=torch.long)).long().cumprod(1).bool()
+        return labels.masked_fill(in_front, IGNORED)
+
+    @property
+    def _start(self) -> int:
+        """The token that a decoder begins with."""
         config = self.model.config
         named = (getattr(config, name, None) for name in ("decoder_start_token_id", "bos_token_id"))
-        start = next((token for token in named if token is not None), self.pad_id)
-        if labels is not None and "decoder_attention_mask" not in found:
-            starts = labels.shape[1] > 1 and bool((labels[:, 0] == start).all())
-            labels = labels[:, 1:] if starts else labels
+        return next((token for token in named if token is not None), self.pad_id)
+
+    def _without_start(self, labels: Tensor | None, found: dict[str, Tensor]) -> Tensor | None:
+        """The labels without a start token that the tokenizer puts there already."""
+        if labels is None or "decoder_attention_mask" in found:
+            return labels
+        starts = labels.shape[1] > 1 and bool((labels[:, 0] == self._start).all())
+        return labels[:, 1:] if starts else labels
+
+    def _shifted(self, labels: Tensor | None, found: dict[str, Tensor], where: str) -> dict[str, Tensor]:
+        """The labels, or what the encoder reads, behind the start token."""
         target = found.get("input_ids") if labels is None else labels
         if target is None:
             raise ValueError(f"{where} has neither decoder_input_ids nor a text for the decoder.")
-        before = torch.full_like(target[:, :1], start)
+        before = torch.full_like(target[:, :1], self._start)
         ids = torch.cat([before, target[:, :-1].masked_fill(target[:, :-1] < 0, self.pad_id)], 1)
         mask = found.get("attention_mask")
         if labels is not None:  # behind the last that counts, they are padding
@@ -138,7 +166,7 @@ def texts_in(model: Any, head: Mapping[str, Any], asked: Sequence[str] | None) -
     return (source, target)[:most]
 
 
-def _part(processor: Any, name: str) -> Any:
+def part_of(processor: Any, name: str) -> Any:
     """A processor's part of that name, or itself, if it is one."""
     from transformers import BaseImageProcessor, PreTrainedTokenizerBase, SequenceFeatureExtractor
 
@@ -150,7 +178,8 @@ def _part(processor: Any, name: str) -> Any:
     return processor if isinstance(processor, kinds[name]) else getattr(processor, name, None)
 
 
-def _needed(part: Any, what: str) -> Any:
+def needed(part: Any, what: str) -> Any:
+    """The part, or a ValueError that says what is missing."""
     if part is None:
         raise ValueError(f"The dataset is raw and there is no {what}. Pass one with tokenizer=, or ready batches.")
     return part

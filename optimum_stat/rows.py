@@ -42,9 +42,7 @@ class Rows:
         names: dict[str, Sequence[str]] = {}
         self._asked = (text_columns,) if isinstance(text_columns, str) else tuple(text_columns or ())
         if isinstance(dataset, (Dataset, IterableDataset)):
-            info, split = dataset.info, dataset.split and f"split {dataset.split}"
-            name = (info.dataset_name or info.builder_name, info.config_name, split)
-            self.name = ", ".join(part for part in name if part and part != "default")
+            self.name = name_of(dataset)
             dataset, own = _as_stored(dataset)
             if own and dataset.features and (isinstance(dataset, IterableDataset) or len(dataset)):  # unknown for some streams
                 types = {k: f.dtype if isinstance(f, Value) else type(f).__name__ for k, f in dataset.features.items()}
@@ -123,6 +121,15 @@ class Rows:
         result["labels"] = result.pop(column)
         self.labels.check_tokens(result["labels"], f"Row {self.read}")
         return result
+
+
+def name_of(dataset: Any) -> str:
+    """What a `datasets` dataset is called, with its configuration and split; "" for one that has no name, and for all else."""
+    if not isinstance(dataset, (Dataset, IterableDataset)):
+        return ""
+    info, split = dataset.info, dataset.split and f"split {dataset.split}"
+    name = (info.dataset_name or info.builder_name, info.config_name, split)
+    return ", ".join(part for part in name if part and part != "default")
 
 
 def input_columns(types: Mapping[str, str], asked: tuple[str, ...]) -> tuple[str, ...]:

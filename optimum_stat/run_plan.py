@@ -21,6 +21,7 @@ from .currency import Currency
 from .data import SEQ_LEN
 from .device_speed import Speeds
 from .families import Group, find_blocks, find_groups
+from .inspection import lengths_of
 from .methods.stat import STATConfig
 from .run_work import Stage, Work, matrices
 
@@ -127,7 +128,7 @@ def plan_run(
     built.to(stored)
     groups = find_groups(built, asked.structures)
     blocks = find_blocks(built)
-    num_tokens, seq_len = _amount(asked, found)
+    num_tokens, seq_len = _amount(asked, found, built)
     dense = Cost.of(built, seq_len)
     currency = Currency(built, asked.budget, asked.round_to, asked.structures, seq_len, dense, None)
     kept = uniform(groups, currency, asked)
@@ -185,10 +186,12 @@ def _dtype(asked: Any) -> torch.dtype:
     return stored
 
 
-def _amount(asked: STATConfig, found: Any) -> tuple[int, int]:
-    """Calibration tokens, and tokens of one example."""
+def _amount(asked: STATConfig, found: Any, built: Any) -> tuple[int, int]:
+    """Calibration tokens, and tokens of one example; of a model of images alone, those of an image."""
     longest = getattr(found.get_text_config(), "max_position_embeddings", None) or SEQ_LEN
     seq_len = asked.seq_len or min(SEQ_LEN, longest)
+    of_images = lengths_of(built, seq_len)
+    seq_len = of_images if isinstance(of_images, int) else seq_len
     bounds = [asked.num_tokens, asked.max_examples and asked.max_examples * seq_len]
     known = [bound for bound in bounds if bound]
     if not known:

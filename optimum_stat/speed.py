@@ -8,6 +8,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from torch import Tensor
+
+from .calls import stack_tokens
 from .probes import device_of, quiet
 from .timing import Setting, Workload, longest, pairs
 
@@ -73,17 +76,29 @@ class Speed:
         )
 
 
-def side_by_side(dense: Any, pruned: Any, batch_size: int, seq_len: int, phase: str = "prefill", compiled: bool = False) -> Speed:
+def side_by_side(
+    dense: Any,
+    pruned: Any,
+    batch_size: int,
+    seq_len: int,
+    phase: str = "prefill",
+    compiled: bool = False,
+    example: dict[str, Tensor] | None = None,
+) -> Speed:
     """Time both on the same work, in turn, for about three seconds. Both stand on the same device.
 
-    seq_len: what of it the model has positions for.
+    seq_len: what of it the model has positions for. example: inputs of one example, of models that read anything else than token
+    ids; its tokens in all lists of blocks together then are the length.
     """
-    seq_len = min(seq_len, longest(dense, phase) or seq_len)
     with quiet(dense), quiet(pruned):
+        if example is None:
+            seq_len = min(seq_len, longest(dense, phase) or seq_len)
+        else:
+            seq_len = sum(stack_tokens(dense, {name: value.to(device_of(dense)) for name, value in example.items()}))
         runs = []
         for model in (pruned, dense):
             setting = Setting.of(model, phase, batch_size, seq_len, compiled)
-            runs.append(Workload(model, setting).run_model())
+            runs.append(Workload(model, setting, example).run_model())
         found = pairs(runs[0], runs[1], device_of(dense), SECONDS)
     own, other = [[each / 1e6 for each in side] for side in zip(*found, strict=True)]
     ratios = [mine / theirs for mine, theirs in zip(own, other, strict=True)]

@@ -14,7 +14,7 @@ from .speed import Speed
 if TYPE_CHECKING:
     from .pruner import Pruner
 
-LESS_IS_BETTER = ("perplexity", "masked_lm_loss", "loss")
+LESS_IS_BETTER = ("perplexity", "masked_lm_loss", "loss", "wer")
 
 
 @dataclass(frozen=True)

@@ -78,17 +78,24 @@ def describe_device(model: nn.Module) -> str:
 class Workload:
     """What is timed: the model's forward pass, and its blocks' as the model calls them.
 
-    Make it inside `quiet(model)`; while decoding, the cache is filled once and put back after every run.
+    Make it inside `quiet(model)`; while decoding, the cache is filled once and put back after every run. example: inputs of one
+    example, to run copies of instead of random token ids.
     """
 
-    def __init__(self, model: Any, setting: Setting):
+    def __init__(self, model: Any, setting: Setting, example: Mapping[str, Any] | None = None):
         self.model, self.setting, self.device = model, setting, device_of(model)
-        if not reads_tokens_alone(model):
+        if example is None and not reads_tokens_alone(model):
             raise ValueError(
                 f"Time asked of {type(model).__name__}, which reads more than token ids, or has several lists of blocks: no "
                 "inputs to time it on are known. Ask for macs or params."
             )
-        self.blocks, most = find_blocks(model), longest(model, setting.phase)
+        if example is not None and setting.phase != "prefill":
+            raise ValueError(
+                f"The time of decoding asked of {type(model).__name__}, which reads more than token ids, or has several lists of "
+                "blocks: only its whole forward pass can be timed. Leave serve_phase (--serve-phase) at prefill."
+            )
+        self._example = example
+        self.blocks, most = find_blocks(model), None if example is not None else longest(model, setting.phase)
         if most is not None and setting.seq_len > most:
             raise ValueError(
                 f"The time of {setting} asked, but {type(model).__name__} has positions for {most} tokens"
@@ -152,7 +159,10 @@ class Workload:
         return torch.compile(module, dynamic=False) if self.setting.compiled else module
 
     def _make_inputs(self) -> dict[str, Any]:
-        vocab_size, setting = self.model.get_input_embeddings().weight.shape[0], self.setting
+        setting = self.setting
+        if self._example is not None:
+            return {name: value.to(self.device).repeat_interleave(setting.batch_size, 0) for name, value in self._example.items()}
+        vocab_size = self.model.get_input_embeddings().weight.shape[0]
         generator = torch.Generator().manual_seed(0)
         ids = torch.randint(vocab_size, (setting.batch_size, setting.seq_len), generator=generator).to(self.device)
         inputs: dict[str, Any] = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}

@@ -24,8 +24,8 @@ from optimum_stat.slicing import slice_model
 OFTEN = ("bert", "clip", "phi3", "qwen2_moe", "qwen3")
 
 
-def costs(model: Any) -> dict[str, int]:
-    return {budget: model_cost(model, budget, SEQ_LEN) for budget in BUDGETS}
+def costs(model: Any, seq_len: Any) -> dict[str, int]:
+    return {budget: model_cost(model, budget, seq_len) for budget in BUDGETS}
 
 
 def drop_one(model: Any, group: GroupCost) -> None:
@@ -54,12 +54,13 @@ def keep_values(model: Any, kept: dict[str, int]) -> None:
 def test_units_and_the_smallest_size_cost_what_models_that_are_cut_cost(family: str, tmp_path: Path):
     config = tiny(family).config
     config.save_pretrained(tmp_path)
-    found, dense = dry_run(str(tmp_path)), costs(from_config_alone(config))
+    found = dry_run(str(tmp_path))
+    dense = costs(from_config_alone(config), found.seq_len)
     assert (found.params, found.macs) == (dense["params"], dense["macs"])
     for group in found.groups:
         model = from_config_alone(config)
         drop_one(model, group)
-        now = costs(model)
+        now = costs(model, found.seq_len)
         saved = {budget: dense[budget] - now[budget] for budget in BUDGETS}
         assert saved == {budget: getattr(group, budget) for budget in BUDGETS}, group
     structures = {group.structure for group in found.groups}
@@ -72,8 +73,27 @@ def test_units_and_the_smallest_size_cost_what_models_that_are_cut_cost(family: 
             keep_experts(model, fewest(model))
         slice_model(model, {g.name: torch.arange(g.fewest) for g in found.groups if g.structure in ("heads", "neurons")})
         keep_values(model, {group.name: group.fewest for group in found.groups if group.structure == also == "values"})
-        for budget, cost in costs(model).items():
+        for budget, cost in costs(model, found.seq_len).items():
             assert shares[budget] == pytest.approx(cost / dense[budget], abs=1e-12), (also, budget)
+
+
+@pytest.mark.parametrize(
+    ("family", "seq_len"),
+    [
+        ("bert", SEQ_LEN),
+        ("vit", 10),
+        ("dinov2", 10),
+        ("clip", (64, 10)),
+        ("siglip", (64, 9)),
+        ("wav2vec2", SEQ_LEN),
+        ("t5", SEQ_LEN),
+    ],
+)
+def test_images_are_counted_at_the_length_that_they_have(family: str, seq_len: Any, tmp_path: Path):
+    tiny(family).config.save_pretrained(tmp_path)
+    found = dry_run(str(tmp_path))
+    assert found.seq_len == seq_len
+    assert f" for {' + '.join(map(str, seq_len)) if isinstance(seq_len, tuple) else seq_len} tokens" in str(found)
 
 
 def test_the_table_tells_experts_from_their_neurons_and_says_what_stays_whole(tmp_path: Path):

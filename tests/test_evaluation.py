@@ -14,7 +14,6 @@ from transformers import (
     BertForMaskedLM,
     BertForQuestionAnswering,
     BertForSequenceClassification,
-    BertForTokenClassification,
     BertModel,
     LlamaConfig,
     LlamaForCausalLM,
@@ -22,9 +21,11 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from optimum_stat import STATConfig, STATPruner, evaluation, squad
+from optimum_stat import STATConfig, STATPruner, squad
 from optimum_stat.data import make_batches
 from optimum_stat.evaluation import Data, data_config, measure
+from optimum_stat.evaluation_text import perplexity
+from optimum_stat.scores import accuracy_and_f1, correlations, cosine
 
 WORDS = [f"w{i}" for i in range(40)]
 SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}
@@ -85,7 +86,7 @@ def test_perplexity_leaves_padding_out() -> None:
         padded["input_ids"][i, : row["input_ids"].shape[1]] = row["input_ids"][0]
         padded["attention_mask"][i, : row["input_ids"].shape[1]] = 1
     together = make_batches([padded], model.config, data_config(), causal=True)
-    assert evaluation.perplexity(model, together) == pytest.approx(evaluation.perplexity(model, separate), rel=1e-5)
+    assert perplexity(model, together) == pytest.approx(perplexity(model, separate), rel=1e-5)
 
 
 def test_masked_prediction_counts_the_masked_tokens_only() -> None:
@@ -141,7 +142,9 @@ def test_classification_predicts_as_one_by_one_does(num_labels: int) -> None:
     texts = [text(3 + 5 * (i % 7)) for i in range(30)]
     labels = torch.randint(num_labels, (30,)).tolist()
     predicted = [int(one(model, each).logits.argmax()) for each in texts]
-    found = measure(model, tokenizer(), Data(Dataset.from_dict({"text": texts, "label": labels}), data_config())).metrics
+    whole = measure(model, tokenizer(), Data(Dataset.from_dict({"text": texts, "label": labels}), data_config()))
+    found = whole.metrics
+    assert whole.num_tokens == 3 + 2  # the first text, without the padding of its batch
     assert found["accuracy"] == pytest.approx(sum(p == y for p, y in zip(predicted, labels, strict=True)) / 30)
     scores = []
     for label in range(num_labels):
@@ -154,8 +157,8 @@ def test_classification_predicts_as_one_by_one_does(num_labels: int) -> None:
 
 def test_f1_by_hand() -> None:
     predicted, labels = torch.tensor([1, 1, 1, 0, 0]), torch.tensor([1, 1, 0, 1, 0])
-    assert evaluation.accuracy_and_f1(predicted, labels, 2) == pytest.approx({"accuracy": 0.6, "f1": 2 / 3})
-    never = evaluation.accuracy_and_f1(torch.tensor([0, 0]), torch.tensor([0, 1]), 3)  # class 2 does not occur
+    assert accuracy_and_f1(predicted, labels, 2) == pytest.approx({"accuracy": 0.6, "f1": 2 / 3})
+    never = accuracy_and_f1(torch.tensor([0, 0]), torch.tensor([0, 1]), 3)  # class 2 does not occur
     assert never == pytest.approx({"accuracy": 0.5, "f1_macro": (2 / 3 + 0) / 2})
 
 
@@ -190,6 +193,19 @@ def test_no_label_column_is_refused_by_name() -> None:
     assert set(found.metrics) == {"accuracy", "f1"}
 
 
+@pytest.mark.parametrize(
+    ("asked", "says"),
+    [
+        ({"num_tokens": 9}, "num_tokens=9 asked; rows with labels or answers are counted by max_examples"),
+        ({"seq_len": 65}, "seq_len=65 asked, but the model takes at most 64 tokens"),
+    ],
+)
+def test_what_would_not_be_heeded_is_refused(asked: dict[str, int], says: str) -> None:
+    rows = Dataset.from_dict({"text": ["w1", "w2"], "label": [0, 1]})
+    with pytest.raises(ValueError, match=says):
+        measure(bert(BertForSequenceClassification), tokenizer(), Data(rows, data_config(**asked)))
+
+
 def test_regression_correlates_ranks_and_values() -> None:
     model = bert(BertForSequenceClassification, num_labels=1)
     pairs = [(text(4 + i), text(9)) for i in range(15)]
@@ -205,7 +221,7 @@ def test_regression_correlates_ranks_and_values() -> None:
     assert found["pearsonr"] == pytest.approx(pearson(predicted, wanted), abs=1e-4)
     ranks = (predicted.argsort().argsort(), wanted.argsort().argsort())
     assert found["spearmanr"] == pytest.approx(pearson(*ranks), abs=1e-6)
-    assert math.isnan(evaluation.correlations([1.0, 1.0], [1.0, 2.0])["spearmanr"])
+    assert math.isnan(correlations([1.0, 1.0], [1.0, 2.0])["spearmanr"])
 
 
 def test_embeddings_are_means_over_real_tokens() -> None:
@@ -215,7 +231,7 @@ def test_embeddings_are_means_over_real_tokens() -> None:
     assert found.metrics == {}
     assert found.embeddings is not None
     torch.testing.assert_close(found.embeddings, alone, rtol=1e-4, atol=1e-5)
-    assert evaluation.cosine(torch.eye(2), torch.tensor([[3.0, 0], [1, 1]])) == pytest.approx((1 + 0.5**0.5) / 2)
+    assert cosine(torch.eye(2), torch.tensor([[3.0, 0], [1, 1]])) == pytest.approx((1 + 0.5**0.5) / 2)
 
 
 def test_pairs_with_a_score_are_measured_as_sts() -> None:
@@ -225,7 +241,7 @@ def test_pairs_with_a_score_are_measured_as_sts() -> None:
     found = measure(model, tokenizer(), Data(Dataset.from_dict(rows), data_config())).metrics
     both = [[one(model, each).last_hidden_state.mean(1) for each in pair] for pair in pairs]
     cosines = [float(torch.cosine_similarity(a, b)) for a, b in both]
-    assert found == pytest.approx(evaluation.correlations(cosines, scores), abs=1e-4)
+    assert found == pytest.approx(correlations(cosines, scores), abs=1e-4)
 
 
 def test_answers_are_the_best_spans_over_all_windows() -> None:
@@ -290,7 +306,11 @@ def test_the_model_is_left_as_it_was() -> None:
 
 def test_what_cannot_be_measured_is_refused() -> None:
     data = Data(Dataset.from_dict({"text": ["w1"], "label": [0]}), data_config())
-    with pytest.raises(ValueError, match="BertForTokenClassification cannot be measured"):
-        measure(bert(BertForTokenClassification), tokenizer(), data)
+    model = bert(BertForSequenceClassification)
+    model.input_modalities = ("text", "image")
+    with pytest.raises(ValueError, match="BertForSequenceClassification cannot be measured: there is no measure of text-class"):
+        measure(model, tokenizer(), data)
+    with pytest.raises(ValueError, match="several labels an example, for which there is no measure"):
+        measure(bert(BertForSequenceClassification, problem_type="multi_label_classification"), tokenizer(), data)
     with pytest.raises(ValueError, match="no tokenizer"):
         measure(bert(BertModel), None, data)

@@ -119,6 +119,11 @@ LAYERS = (
         "run_plan",
         "run_work",
         "evaluation",
+        "evaluation_data",
+        "evaluation_media",
+        "evaluation_text",
+        "evaluation_words",
+        "scores",
         "squad",
     },
 )

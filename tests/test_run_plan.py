@@ -13,6 +13,7 @@ import torch
 from tiny import SIZES, VOCAB, tiny
 
 from optimum_stat import STATConfig, STATPruner, halted
+from optimum_stat.budget import model_cost
 from optimum_stat.commands import main
 from optimum_stat.device_speed import Speeds
 from optimum_stat.families import find_blocks, find_groups
@@ -45,6 +46,12 @@ def test_sizes_are_those_of_the_model(family: str, budget: str, tmp_path: Path) 
     assert found.bytes_before - found.bytes_after == 4 * (found.dense.params - found.pruned.params)
     share = getattr(found.pruned, f"block_{budget}") / getattr(found.dense, f"block_{budget}")
     assert 0.45 < share <= 0.7  # two heads a block: a coarse choice
+
+
+def test_images_are_planned_at_the_length_that_they_have(tmp_path: Path) -> None:
+    found = planned(tiny("vit"), tmp_path, max_examples=30)
+    assert (found.seq_len, found.num_tokens) == (10, 300)  # nine patches and one for all
+    assert found.dense.block_macs == model_cost(tiny("vit"), "macs", 10)
 
 
 def test_a_plan_is_as_small_as_what_is_pruned(tmp_path: Path) -> None:
