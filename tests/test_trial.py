@@ -34,6 +34,11 @@ def test_one_that_is_built_of_common_parts_is_pruned_as_if_it_were_listed(unlist
     assert torch.equal(outputs(found, data_of(family)[0]), outputs(alone, data_of(family)[0]))
 
 
+def test_rounding_is_no_mistake(unlisted: Any) -> None:
+    model = unlisted("llama").to(torch.bfloat16)
+    assert STATPruner(model, CONFIG).prune(data_of("llama")) is model
+
+
 @pytest.mark.parametrize("family", ["mpnet", "t5"])
 def test_a_bias_with_a_share_for_each_head_is_noticed_before_any_work(unlisted: Any, family: str) -> None:
     model = unlisted(family)
