@@ -93,7 +93,7 @@ def render(recipe: dict[str, Any], repo_id: str, paper: Paper, pictures: Sequenc
         report=report,
         length=in_words(report["seq_len"]),
         paper=paper,
-        auto_class=_auto_class(recipe["architecture"]),
+        auto_class=recipe.get("own_class_of") or _auto_class(recipe["architecture"]),
         layers=_layers(report["groups"]),
         trunk={group["name"]: group for group in report["groups"] if "." not in group["name"]},
         grouped=recipe["record"]["heads"] != recipe["record"]["key_value_heads"],

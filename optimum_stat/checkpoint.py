@@ -17,12 +17,13 @@ from safetensors import SafetensorError
 from torch import nn
 from transformers import MODEL_FOR_CTC_MAPPING, AutoConfig, AutoProcessor, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from . import card, folders, remote_code
+from . import card, folders, loaded, remote_code
 from .blocks import find_blocks, modalities
-from .hub import Destination, shown
+from .hub import Destination, is_hub_id, shown
 from .offload import free_at_once, is_offloaded, reading_copies
 from .processes import Processes
 from .recipe import make_recipe
+from .sources import Source, located, source_of
 from .structure import KEY, describe
 
 if TYPE_CHECKING:
@@ -50,7 +51,7 @@ def load(
     tokenizer: PreTrainedTokenizerBase | None = None,
     task: str | None = None,
     **kwargs: Any,
-) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | None, str | None]:
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | None, Source | None]:
     """(model, tokenizer, where it came from); `kwargs` go to `AutoModel....from_pretrained`."""
     if isinstance(model_or_path, nn.Module):
         if kwargs or task:
@@ -59,24 +60,20 @@ def load(
         _forget_gguf(model_or_path)
         if is_offloaded(model_or_path):
             free_at_once()
-        return model_or_path, tokenizer, source_of(getattr(model_or_path, "name_or_path", ""))
-    path = str(model_or_path)
-    if path.endswith(".gguf"):  # as recipes and cards name it, see the return value
-        path, _, kwargs["gguf_file"] = path.rpartition("/")
+        return model_or_path, tokenizer, source_of(getattr(model_or_path, "name_or_path", ""), model_or_path)
+    path, gguf = located(model_or_path)
+    kwargs |= gguf
     shared = {name: kwargs[name] for name in CONFIG_ARGUMENTS if name in kwargs}
-    model = auto_class(path, task, shared).from_pretrained(path, **kwargs)
+    with loaded.explained(path, shared):
+        found = auto_class(path, task, shared).from_pretrained(path, **{**kwargs, "output_loading_info": True})
+    model, info = found if isinstance(found, tuple) else (found, {})  # a class of the repo's own may not know the option
+    loaded.refuse_incomplete(model, path, info)
     _forget_gguf(model)
     if is_offloaded(model):
         free_at_once()
     if tokenizer is None:
-        tokenizer = _tokenizer(path, shared, AutoTokenizer if modalities(model) == ("text",) else AutoProcessor)
-    return model, tokenizer, source_of("/".join(filter(None, (path, kwargs.get("gguf_file")))))
-
-
-def source_of(path: str) -> str | None:
-    """Where a model came from; a folder is written so that nobody takes it for a Hub id."""
-    is_plain_folder = bool(path) and not path.startswith((".", "/", "~")) and Path(path).exists()
-    return f"./{path}" if is_plain_folder else path or None
+        tokenizer = loaded.reader(path, shared, AutoTokenizer if modalities(model) == ("text",) else AutoProcessor)
+    return model, tokenizer, source_of("/".join(filter(None, (path, kwargs.get("gguf_file")))), model, kwargs)
 
 
 def save(pruner: Pruner[Any], folder: Path, **kwargs: Any) -> None:
@@ -147,14 +144,17 @@ def write_repo(pruner: Pruner[Any], folder: Path, name: str, public: bool = Fals
 
     Where on this machine a local base model lies stands in the recipe, for `evaluate`, unless it is `public`.
     """
-    auto_map = remote_code.write(pruner.model, folder)
-    pruner.model.config.auto_map = auto_map
+    config = pruner.model.config
+    before = getattr(config, "auto_map", None)
+    config.auto_map = dict(before or {}) if remote_code.own_auto_class(pruner.model) else remote_code.write(pruner.model, folder)
     try:
         with warnings.catch_warnings(), reading_copies(pruner.model):
             warnings.filterwarnings("ignore", "Attempting to save a model with offloaded modules")  # a shard at a time: it fits
             pruner.model.save_pretrained(folder, **{**shard_size(pruner.model), **kwargs})
     finally:
-        del pruner.model.config.auto_map
+        del config.auto_map
+        if before is not None:
+            config.auto_map = before
     for weights in folder.glob("*.safetensors"):  # safetensors 0.8 keeps all other users out of these, whatever the umask says
         with suppress(PermissionError):  # some network disks have no modes to change
             weights.chmod((folder / "config.json").stat().st_mode)
@@ -163,6 +163,8 @@ def write_repo(pruner: Pruner[Any], folder: Path, name: str, public: bool = Fals
     recipe = make_recipe(pruner)
     if public:
         recipe["base_model"] = shown(recipe["base_model"])
+        if not is_hub_id(recipe["base_model"]):
+            recipe.pop("base_subfolder", None)
     (folder / folders.RECIPE).write_text(json.dumps(recipe, indent=2) + "\n")
     card.write(folder, recipe, name, pruner.paper)
 
@@ -199,7 +201,7 @@ def check_record(model: PreTrainedModel) -> None:
 
 
 def auto_class(path: str, task: str | None, shared: dict[str, Any]) -> Any:
-    """The class that `config.architectures` names, or the Auto class of `task`."""
+    """The class that `config.architectures` names, or the Auto class of `task`, or of code of the repo's own that may run."""
     if task is not None:
         if task not in TASKS:
             raise ValueError(f"task={task!r} asked; known are {', '.join(TASKS)}.")
@@ -208,7 +210,11 @@ def auto_class(path: str, task: str | None, shared: dict[str, Any]) -> Any:
         return getattr(transformers, TASKS[task])
     if shared.get("gguf_file"):
         return transformers.AutoModelForCausalLM
-    architectures = AutoConfig.from_pretrained(path, **shared).architectures
+    config = AutoConfig.from_pretrained(path, **shared)
+    architectures = config.architectures
+    own = remote_code.auto_class(config) if shared.get("trust_remote_code") else None
+    if own is not None:
+        return getattr(transformers, own)
     if not architectures:
         raise ValueError(f"config.json of {path} names no architecture; say what it is with task=: {', '.join(TASKS)}.")
     known = getattr(transformers, architectures[0], None)
@@ -218,13 +224,6 @@ def auto_class(path: str, task: str | None, shared: dict[str, Any]) -> Any:
             f"say what to load with task=: {', '.join(TASKS)}."
         )
     return known
-
-
-def _tokenizer(path: str, shared: dict[str, Any], auto: Any) -> PreTrainedTokenizerBase | None:
-    try:
-        return auto.from_pretrained(path, **shared)
-    except (OSError, ValueError):
-        return None  # a folder without a tokenizer can still be pruned on tokenized data
 
 
 def _forget_gguf(model: Any) -> None:

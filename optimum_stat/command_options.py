@@ -199,7 +199,7 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--offload-folder", metavar="FOLDER", help="for weights that are left on the disk; as in transformers")
     group.add_argument("--revision", help="branch, tag or commit of the model's repo")
     group.add_argument("--gguf-file", metavar="NAME", help="load this file of the model's folder or repo")
-    group.add_argument("--trust-remote-code", action="store_true", help="run the Python code that the model's repo holds")
+    group.add_argument("--trust-remote-code", action="store_true", help="run the Python code that the repos of models hold")
 
 
 def add_placing_options(parser: Any) -> None:

@@ -57,8 +57,11 @@ class PruneCommand(Command):
                 left.clear_half_written()
                 pruner.save_pretrained(args.output)
             url = _pushed(pruner, repo_id, args) if repo_id else None
-        name = type(pruner.model).__name__
-        load = f'import optimum_stat; from transformers import {name}; model = {name}.from_pretrained("{args.output}")'
+        from .remote_code import own_auto_class
+
+        own = own_auto_class(pruner.model)
+        name, trust = own or type(pruner.model).__name__, ", trust_remote_code=True" if own else ""
+        load = f'import optimum_stat; from transformers import {name}; model = {name}.from_pretrained("{args.output}"{trust})'
         lines = [str(pruner.report), f"saved in {args.output}", *([f"pushed: {url}"] if url else []), "", load]
         return "\n".join(lines), {"output": str(args.output), "url": url, "load": load, "report": pruner.report.to_dict()}
 

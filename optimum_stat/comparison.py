@@ -22,6 +22,7 @@ from .evaluation import Data, Measured, measure
 from .families import task_of
 from .rows import name_of
 from .scores import cosine
+from .sources import Source
 from .speed import Speed, side_by_side
 
 logger = logging.getLogger(__name__)
@@ -116,7 +117,7 @@ def speeds(
 
     On `seq_len` tokens; models that read anything else than token ids, on so many of `example`.
     """
-    both = [checkpoint.load(path, task=task, **own)[0] for path, own in ((model, kwargs), (dense, _of_dense(kwargs)))]
+    both = [checkpoint.load(path, task=task, **own)[0] for path, own in ((model, kwargs), (dense, _of_dense(dense, kwargs)))]
     both = [each.to(device=device, dtype=both[0].dtype) for each in both]
     phases = ("prefill", "decode") if task == "text-generation" else ("prefill",)
     work = [(phase, size) for phase in phases for size in batch_sizes]
@@ -145,8 +146,8 @@ def compare(
     beside = None
     if dense is not None:
         try:
-            beside, _ = _side(dense, data, task, device, **_of_dense(kwargs))
-        except OSError as error:
+            beside, _ = _side(dense, data, task, device, **_of_dense(dense, kwargs))
+        except (OSError, ValueError) as error:
             if must:
                 raise
             reason = " ".join(str(error).split())
@@ -170,10 +171,16 @@ def compare(
         return found
 
 
-def base_model(model: str, revision: str | None) -> str | None:
-    """What the recipe of a pruned model says it was made from."""
-    source = _recipe(model, revision).get("base_model")
-    return None if source is None else str(source)
+def base_model(model: str, revision: str | None) -> Source | None:
+    """What the recipe of a pruned model says it was made from, unless that is a folder of which it has no more than the name."""
+    recipe = _recipe(model, revision)
+    source = recipe.get("base_model")
+    if source is None:
+        return None
+    if str(source).startswith("./"):
+        logger.warning("%s was made from %s, which may lie anywhere, so it is not measured: name it with --dense.", model, source)
+        return None
+    return Source(str(source), recipe.get("base_revision"), recipe.get("base_subfolder") or "")
 
 
 def _recipe(model: str, revision: str | None) -> dict[str, Any]:
@@ -198,17 +205,20 @@ def _side(path: str, data: Data, task: str | None, device: Any, **kwargs: Any) -
     return found
 
 
-def _of_dense(kwargs: dict[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in kwargs.items() if name not in ("revision", "gguf_file", "trust_remote_code")}
+def _of_dense(dense: str, kwargs: dict[str, Any]) -> dict[str, Any]:
+    """What the pruned model is found by holds of no other; a recipe says what its base model is found by."""
+    own = {name: value for name, value in kwargs.items() if name not in ("revision", "subfolder", "gguf_file")}
+    return {**own, **(dense.found_by if isinstance(dense, Source) else {})}
 
 
 def _size_on_disk(path: str, kwargs: dict[str, Any]) -> int | None:
     """Bytes of the weights' files; None if they cannot be found."""
-    folder = Path(path)
+    folder, inside = Path(path), kwargs.get("subfolder", "")
     if folder.is_file():  # a .gguf
         return folder.stat().st_size
+    folder = folder / inside
     if not folder.is_dir():
-        cached = try_to_load_from_cache(path, "config.json", revision=kwargs.get("revision"))
+        cached = try_to_load_from_cache(path, str(Path(inside, "config.json")), revision=kwargs.get("revision"))
         if not isinstance(cached, str):
             return None
         folder = Path(cached).parent

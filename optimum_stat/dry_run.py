@@ -8,13 +8,11 @@ from dataclasses import dataclass
 from itertools import chain
 from typing import Any
 
-from transformers import AutoConfig
-
 from .budget import Cost, Lengths, in_words, model_cost, options, unit_cost
 from .config import PruningConfig
 from .currency import Currency
 from .families import Group, find_groups
-from .inspection import from_config_alone, lengths_of
+from .inspection import config_of, from_config_alone, lengths_of
 from .routers import Mixture, find_mixtures
 from .trunk import smallest
 
@@ -95,7 +93,7 @@ def dry_run(model: str, revision: str | None = None, round_to: int = PruningConf
     Raises:
         ValueError: it cannot be pruned; says what was found and what was not.
     """
-    config = AutoConfig.from_pretrained(model, revision=revision)
+    config = config_of(model, revision)
     built = from_config_alone(config)
     length = lengths_of(built, seq_len)
     found, whole = find_groups(built), dict[str, str]()

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import glob
 import os
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path, PureWindowsPath
@@ -14,11 +15,17 @@ from huggingface_hub import HfApi, get_token
 from huggingface_hub.errors import HTTPError, RepositoryNotFoundError  # HTTPError is that of its HTTP library, whichever it is
 from huggingface_hub.utils import validate_repo_id
 
-STALE = (
-    *("model.safetensors", "model.safetensors.index.json", "model-?????-of-?????.safetensors"),
-    *("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"),
+WEIGHTS = re.compile(  # of any variant, such as model.fp16-00001-of-00002.safetensors and model.safetensors.index.fp16.json
+    r"(model|pytorch_model)(\.[^./]+)?(-\d{5}-of-\d{5})?\.(safetensors|bin)"
+    r"|(model\.safetensors|pytorch_model\.bin)\.index(\.[^./]+)?\.json|adapter_config\.json|adapter_model\.(safetensors|bin)"
 )
 """Of what the repo held before, these would be loaded instead of or beside the new weights."""
+READERS = re.compile(
+    r"tokenizer(_config)?\.json|special_tokens_map\.json|added_tokens\.json|chat_template\.(jinja|json)|tokenizer\.model"
+    r"|additional_chat_templates/[^/]+\.jinja|vocab\.(txt|json|bpe)|merges\.txt|spiece\.model|sentencepiece\.bpe\.model"
+    r"|((video_)?preprocessor|processor|audio_tokenizer)_config\.json"
+)
+"""These would be loaded beside the new tokenizer or processor, if there is one."""
 
 AS_BEFORE = "The repo is as it was before, at most newly made."
 KEEP = "Try again, or keep the model with save_pretrained(folder)."
@@ -77,6 +84,7 @@ class Destination:
             if revision is not None and not create_pr and not revision.startswith("refs/"):
                 api.create_branch(name, branch=revision, exist_ok=True)
             found = api.model_info(name, revision=revision)
+            stale = stale_files([each.rfilename for each in found.siblings or ()], {path.name for path in folder.iterdir()})
         _refuse_public(name, bool(self.private) and not found.private)
         with _explained(name, api, lambda: f"{self._fate(revision, found.sha, create_pr)} {KEEP}"):
             commit = api.upload_folder(
@@ -85,7 +93,7 @@ class Destination:
                 commit_message=message,
                 revision=revision,
                 create_pr=create_pr,
-                delete_patterns=list(STALE),
+                delete_patterns=[glob.escape(each) for each in stale],
             )
             return str(commit.commit_url)
 
@@ -100,6 +108,12 @@ class Destination:
         if now == before:
             return AS_BEFORE
         return f"But the repo has a new commit, {now}: it is this one if nobody else pushed, and only the answer was lost."
+
+
+def stale_files(there: Iterable[str], new: Collection[str]) -> list[str]:
+    """What of a repo's files transformers would take for part of the model that comes instead; `new`: what will be there."""
+    kinds = (WEIGHTS, READERS) if any(READERS.fullmatch(each) for each in new) else (WEIGHTS,)
+    return [each for each in there if each not in new and any(kind.fullmatch(each) for kind in kinds)]
 
 
 def _token(repo_id: str, given: str | bool | None) -> str:

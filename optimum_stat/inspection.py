@@ -17,6 +17,7 @@ from .calls import stack_tokens
 from .families import find_groups
 from .probes import quiet
 from .routers import find_mixtures
+from .sources import located
 from .structure import EXPERTS_LEFT, HIDDEN, KEY, PAIRS, VALUES, describe
 
 PER_LAYER = "per_layer_config"
@@ -86,7 +87,7 @@ class Sizes:
 
 def sizes(model: str, revision: str | None = None) -> Sizes:
     """The record of a pruned model, beside the sizes it had. Builds both on the meta device; reads no weights."""
-    config = AutoConfig.from_pretrained(model, revision=revision)
+    config = config_of(model, revision)
     if getattr(config, KEY, None) is None:
         raise ValueError(
             f"config.json of {model} has no {KEY}: it was not pruned by optimum-stat. --dry-run shows what could be."
@@ -102,6 +103,12 @@ def sizes(model: str, revision: str | None = None) -> Sizes:
     names = [tuple(group.name for group in groups if group.structure == structure) for structure in ("heads", "neurons")]
     experts = tuple(mixture.name for mixture in mixtures)
     return Sizes(model, describe(pruned), describe(dense), (params[0], params[1]), names[0], names[1], experts)
+
+
+def config_of(model: str, revision: str | None) -> Any:
+    """Of a Hub id, a folder or a GGUF file."""
+    place, gguf = located(model)
+    return AutoConfig.from_pretrained(place, revision=revision, **gguf)
 
 
 def from_config_alone(config: Any) -> Any:

@@ -12,6 +12,7 @@ import jinja2
 
 from . import plots
 from .folders import RECIPE
+from .hub import shown
 
 Rows = list[tuple[str, list[str]]]
 
@@ -40,7 +41,7 @@ def summary(recipes: Mapping[str, Mapping[str, Any]]) -> Rows:
     own = list(recipes.values())
     rows: Rows = [
         ("method", [each["method"] for each in own]),
-        ("base model", [each["base_model"] or "" for each in own]),
+        ("base model", [shown(each["base_model"]) or "" for each in own]),
         ("asked", [f"{each['report']['keep']:.0%} of the {plots.budget(each['report']['budget'])}" for each in own]),
         ("reached", [f"{each['report']['reached']:.2%}" for each in own]),
         ("parameters", [_of_dense(each, "params") for each in own]),

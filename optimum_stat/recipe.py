@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .base_card import inherited
+from .remote_code import own_auto_class
+from .sources import known
 from .structure import KEY
 from .timing import describe_device
 
@@ -18,11 +20,14 @@ if TYPE_CHECKING:
 def make_recipe(pruner: Pruner[Any]) -> dict[str, Any]:
     """All that is needed to do the run again: method, config, data, versions; and what came of it."""
     libraries = ("optimum-stat", "torch", "transformers")
+    source = None if pruner.source is None else known(pruner.source, pruner.model)
     return {
         "method": pruner.method,
-        "base_model": pruner.source,
-        "base_card": inherited(pruner.source, getattr(pruner.model.config, "_commit_hash", None)),
+        "base_model": source and str(source),
+        **({} if source is None else {f"base_{name}": value for name, value in source.found_by.items()}),
+        "base_card": {} if source is None else inherited(source),
         "architecture": type(pruner.model).__name__,
+        **({"own_class_of": own} if (own := own_auto_class(pruner.model)) else {}),
         "config": _config(pruner),
         "record": getattr(pruner.model.config, KEY),
         "report": pruner.report.to_dict(),

@@ -64,6 +64,28 @@ def _auto_classes(model: PreTrainedModel) -> dict[str, str]:
     return found or {"AutoModel": type(model).__name__}
 
 
+def auto_class(config: Any) -> str | None:
+    """The Auto class that `auto_map` has for the first of `architectures`, if that is code of the repo's own and not ours."""
+    entries = {auto: str(entry).rpartition("--")[2] for auto, entry in (getattr(config, "auto_map", None) or {}).items()}
+    own = {
+        auto: entry.rpartition(".")[2]
+        for auto, entry in entries.items()
+        if auto.startswith("AutoModel") and auto in vars(modeling_auto) and not entry.startswith(f"{MODULE}.")
+    }
+    name = (config.architectures or [None])[0]
+    of_name = [auto for auto, each in own.items() if each == name]
+    in_its_place = [auto for auto in own if name in made_by(vars(modeling_auto)[auto])]
+    return next(reversed([*in_its_place, *of_name]), None)  # the first are of no task
+
+
+def own_auto_class(model: PreTrainedModel) -> str | None:
+    """The Auto class that makes a model from code of its repo's own, which our file cannot stand for; None for all others."""
+    module = type(model).__module__
+    if not module.startswith("transformers_modules.") or module.endswith(f".{MODULE}"):
+        return None
+    return getattr(type(model), "_auto_class", None) or "AutoModel"
+
+
 def made_by(auto: Any) -> set[str]:
     """The names of transformers' classes that an Auto class makes."""
     mapping = getattr(getattr(auto, "_model_mapping", None), "_model_mapping", {})

@@ -24,6 +24,7 @@ from .families import Group, find_blocks, find_groups
 from .inspection import lengths_of
 from .methods.stat import STATConfig
 from .run_work import Stage, Work, matrices
+from .sources import located
 
 
 @dataclass(frozen=True)
@@ -120,8 +121,10 @@ def plan_run(
             "Only runs of our own recipe can be planned from the config alone, on heads and neurons, for params or macs; asked "
             f"are budget={asked.budget!r}, structures={asked.structures!r}, published={asked.published}."
         )
-    found = AutoConfig.from_pretrained(model, **kwargs)
-    kind: Any = auto_class(model, task, kwargs)
+    place, gguf = located(model)
+    kwargs |= gguf
+    found = AutoConfig.from_pretrained(place, **kwargs)
+    kind: Any = auto_class(place, task, kwargs)
     with torch.device("meta"):
         built = kind.from_config(found) if hasattr(kind, "from_config") else kind(found)
     stored = _dtype(dtype or found.dtype)

@@ -11,13 +11,14 @@ from transformers import PreTrainedModel
 from . import checkpoint
 from .families import task_of
 from .hub import shown
+from .sources import source_of
 
 
 def name_of(asked: str | Path | PreTrainedModel | None) -> str | None:
     """How a report calls the teacher, of a folder by what the folder is called; None: it is the dense model."""
     if isinstance(asked, PreTrainedModel):
-        return shown(checkpoint.source_of(asked.name_or_path)) or type(asked).__name__
-    return None if asked is None else shown(checkpoint.source_of(str(asked)))
+        return shown(source_of(asked.name_or_path)) or type(asked).__name__
+    return None if asked is None else shown(source_of(str(asked)))
 
 
 def teacher_for(model: PreTrainedModel, asked: str | Path | PreTrainedModel | None) -> Any:

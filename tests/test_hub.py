@@ -89,11 +89,26 @@ def test_a_token_that_can_only_read_is_told_before_the_work(tmp_path: Path):
         assert not hub.repos
 
 
+OF_TOKENIZERS = ["chat_template.jinja", "special_tokens_map.json", "added_tokens.json", "vocab.txt", "processor_config.json"]
+STALE = [
+    *("model.bf16.safetensors", "model.fp16-00001-of-00002.safetensors", "model.safetensors.index.fp16.json"),
+    *("pytorch_model.bin", "pytorch_model.bin.index.fp16.json"),
+    *OF_TOKENIZERS,
+]
+MINE = [
+    *("onnx/model.safetensors", "model.onnx/a.safetensors", "my_model.safetensors", "model.safetensors.md", "old/vocab.txt"),
+    *("vocab.txt.gz", "tokenizer_notes.json"),
+]
+
+
 def test_an_adapter_goes_with_the_other_weights_and_a_new_branch_is_made(server: HubServer, tmp_path: Path):
     adapter = {"adapter_config.json": b"{}", "adapter_model.safetensors": b"", "notes.txt": b"mine"}
-    for name in ("adapter", "branch"):
-        server.repos[f"user/{name}"] = Repo(f"user/{name}", False, [Commit("seed", adapter)])
+    for name in ("adapter", "branch", "bare"):
+        server.repos[f"user/{name}"] = Repo(
+            f"user/{name}", False, [Commit("seed", {**adapter, **dict.fromkeys([*STALE, *MINE], b"")})]
+        )
     code = 'attempt("adapter")\nattempt("branch", revision="small")\nattempt("branch", revision="small", variant="fp16")\n'
+    code += 'pruner.tokenizer = None\nattempt("bare")\n'
     found = client(server, START + code + "print(json.dumps(found))", tmp_path)
     assert "/commit/" in found["adapter"]
     assert "/commit/" in found["branch"]
@@ -104,6 +119,9 @@ def test_an_adapter_goes_with_the_other_weights_and_a_new_branch_is_made(server:
     for files in (server.files("user/adapter"), branch.at("small").files):
         assert "stat_recipe.json" in files
         assert [name for name in files if name in adapter] == ["notes.txt"]
+        assert [name for name in [*STALE, *MINE] if name in files] == MINE
+    left = [name for name in [*STALE, *MINE] if name in server.files("user/bare")]
+    assert left == [*OF_TOKENIZERS, *MINE]  # no others came in their place
 
 
 def test_a_commit_that_arrived_without_an_answer_is_told(server: HubServer, tmp_path: Path):
@@ -142,19 +160,90 @@ print(json.dumps(pruner.push_to_hub("user/trained")))
 
 
 def test_the_licence_of_a_base_model_on_the_hub(server: HubServer, tmp_path: Path):
-    """At the commit that the model is of; a licence that is a file of the repo is linked there."""
+    """At the commit that the model is of; a licence that is a file of the repo is linked there. What cannot be read is told."""
     said = {"license": "other", "license_name": "ours", "license_link": "./LICENSE", "language": ["en", "de"]}
     cards = [f"---\n{json.dumps(each)}\n---\n".encode() for each in ({"license": "mit", "datasets": ["imdb"]}, said)]
     repo = Repo("user/licensed", False, [Commit(str(at), {"README.md": card}) for at, card in enumerate(cards)])
-    server.repos |= {"user/licensed": repo, "user/bare": Repo("user/bare", False, [Commit("seed", {})])}
+    odd = {"norsk": b"language: no", "both": b"language:\n- no\n- en", "damaged": b"license: ["}
+    server.repos |= {"user/licensed": repo, "user/nothing": Repo("user/nothing", False, [Commit("seed", {})])}
+    for name, text in odd.items():
+        server.repos[f"user/{name}"] = Repo(f"user/{name}", True, [Commit("seed", {"README.md": b"---\n" + text + b"\n---\n"})])
     code = """
+import os
 from optimum_stat.base_card import inherited
-found = [inherited("user/" + name) for name in ("licensed", "licensed/m.gguf", "bare", "missing")]
-print(json.dumps([*found, inherited("user/licensed", sys.argv[1])]))
+from optimum_stat.sources import Source
+names = ("licensed", "licensed/m.gguf", "nothing", "missing", "norsk", "both", "damaged")
+found = [inherited(Source("user/" + name)) for name in names]
+found += [inherited(Source("user/licensed", sys.argv[1]))]
+access = {"token": os.environ.pop("HF_TOKEN"), "cache_dir": sys.argv[2]}
+found += [inherited(Source("user/norsk", access=each)) for each in (access, {"cache_dir": sys.argv[3]})]
+print(json.dumps(found))
 """
-    found = client(server, code, tmp_path, repo.history[0].sha)
+    done = run_client(server, code, tmp_path, repo.history[0].sha, tmp_path / "cache", tmp_path / "other")
     now = said | {"license_link": f"{server.endpoint}/user/licensed/blob/main/LICENSE"}
-    assert found == [now, now, {}, {}, {"license": "mit"}]
+    norsk = {"language": "no"}
+    assert json.loads(done.stdout) == [now, now, {}, {}, norsk, {"language": ["no", "en"]}, {}, {"license": "mit"}, norsk, {}]
+    assert (tmp_path / "cache" / "models--user--norsk").exists()
+    told = [line.split()[3] for line in done.stderr.splitlines() if "cannot be read, so its licence and languages" in line]
+    assert told == ["user/missing", "user/damaged", "user/norsk"]
+
+
+BASE = """
+import os
+from test_checkpoint import batches
+from optimum_stat import STATConfig, STATPruner, plots
+from optimum_stat.commands import main
+plots.available = lambda: False
+private = {"token": os.environ.pop("HF_TOKEN"), "cache_dir": sys.argv[2]}
+asked = {"tag": ("user/base", {"revision": "v1"}), "sub": ("user/sub", {"subfolder": "inner"})}
+asked["closed"] = ("user/closed", private)
+for name, (model, options) in asked.items():
+    pruner = STATPruner.from_pretrained(model, STATConfig(keep=0.6), **options)
+    pruner.prune(batches())
+    pruner.save_pretrained(sys.argv[1] + name)
+how = ["-d", sys.argv[3], "--json"]
+for name in ("tag", "sub", "closed"):
+    main(["evaluate", sys.argv[1] + name, *how, "--quiet"])
+main(["evaluate", sys.argv[4], *how, "--quiet"])
+"""
+
+
+def test_a_base_model_is_measured_at_the_revision_and_in_the_folder_it_was_read_from(server: HubServer, tmp_path: Path):
+    for seed, name in enumerate(("main", "v1")):
+        tiny("llama", seed=seed).save_pretrained(tmp_path / name)
+        tokenizer().save_pretrained(tmp_path / name)
+    (tmp_path / "data.txt").write_text("w5 w6 w7 w8 w9\n" * 20)
+    files = {name: {path.name: path.read_bytes() for path in (tmp_path / name).iterdir()} for name in ("main", "v1")}
+    card = {"README.md": b"---\nlicense: mit\n---\n"}
+    inner = {f"inner/{name}": content for name, content in files["v1"].items()}
+    tagged = {"v1": [Commit("seed", files["v1"])]}
+    server.repos |= {
+        "user/base": Repo("user/base", False, [Commit("seed", files["main"])], tagged),
+        "user/sub": Repo("user/sub", False, [Commit("seed", inner)]),
+        "user/closed": Repo("user/closed", True, [Commit("seed", files["v1"] | card)]),
+    }
+    arguments = (f"{tmp_path}/", tmp_path / "cache", tmp_path / "data.txt", tmp_path / "v1")
+    done = run_client(server, BASE, tmp_path / "home", *arguments)
+    decoder, found, at = json.JSONDecoder(), [], 0
+    while (at := done.stdout.find("{", at)) >= 0:
+        value, at = decoder.raw_decode(done.stdout, at)
+        found.append(value)
+    assert len(found) == 4, done.stderr
+    wanted = found[3]["pruned"]
+    for each in found[:2]:
+        assert (each["metrics"][0]["dense"], each["dense"]["parameters"]) == (
+            found[3]["metrics"][0]["value"],
+            wanted["parameters"],
+        )
+        assert each["dense"]["size_on_disk"] == wanted["size_on_disk"]
+    assert found[2]["dense"] is None  # closed to those without the token
+    recipes = {name: json.loads((tmp_path / name / "stat_recipe.json").read_text()) for name in ("tag", "sub", "closed")}
+    at = {name: server.repos[f"user/{name}"].at().sha for name in ("sub", "closed")} | {"tag": tagged["v1"][0].sha}
+    assert {name: recipe["base_revision"] for name, recipe in recipes.items()} == at
+    assert recipes["sub"]["base_subfolder"] == "inner"
+    assert recipes["closed"]["base_card"] == {"license": "mit"}
+    assert not [name for name in recipes if server.token in (tmp_path / name / "stat_recipe.json").read_text()]
+    assert f"--model user/base --revision {tagged['v1'][0].sha} --dataset" in (tmp_path / "tag" / "README.md").read_text()
 
 
 def trained(folder: str) -> Any:

@@ -83,6 +83,8 @@ LAYERS = (
     },
     {
         "base_card",
+        "sources",
+        "loaded",
         "card",
         "plots",
         "recipe",
