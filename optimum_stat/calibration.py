@@ -57,7 +57,7 @@ def read(
             f"A {type(model).__name__} finds the end of an example by config.pad_token_id, and has none: set it to the id that "
             "its texts will be padded with (the tokenizer's pad_token_id), or ask for batch_size=1."
         )
-    refuse_unlike(model, batches)
+    refuse_unlike(model, config.structures, batches)
     return replace(batches, processes=Processes.launched())
 
 

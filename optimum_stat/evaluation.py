@@ -15,7 +15,7 @@ from .budget import Lengths, model_cost
 from .calls import stack_tokens
 from .evaluation_data import Data as Data
 from .evaluation_data import data_config as data_config
-from .evaluation_data import to_device
+from .evaluation_data import label_column, to_device
 from .evaluation_words import words
 from .families import find_groups, task_of
 from .probes import device_of, quiet
@@ -74,6 +74,8 @@ def measure(model: PreTrainedModel, tokenizer: Any, data: Data) -> Measured:
     of_text = reads_text and (task != "feature-extraction" or not is_encoder_decoder(model))
     if of_text and tokenizer is None:
         raise ValueError("There is no tokenizer beside the model; the text cannot be read without it.")
+    if data.label_column and data.columns:
+        label_column(data)  # also where it would not be read: a wrong name is a mistake
     measures: dict[str, Any] = _OF_TEXT if of_text else _OF_MEDIA
     if task not in measures:
         raise ValueError(

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from datasets import IterableDataset
 from torch import Tensor
 
 from .config import PruningConfig
@@ -26,8 +28,11 @@ class Data:
 
     @property
     def columns(self) -> tuple[str, ...]:
-        """The dataset's; none, where nobody knows them."""
-        return tuple(getattr(self.dataset, "column_names", None) or ())
+        """The dataset's, of a stream that does not know them those of its first row; none, where there are none."""
+        names = getattr(self.dataset, "column_names", None)
+        if names is None and isinstance(self.dataset, IterableDataset):
+            names = next(iter(self.dataset), ())
+        return tuple(names or ())
 
     def classes_of(self, column: str) -> list[str] | None:
         """The names of the classes in a column, or in its lists, if the dataset has them."""
@@ -55,6 +60,18 @@ def label_column(data: Data, usual: Sequence[str] = LABEL_COLUMNS) -> str:
             f"No label column {' or '.join(wanted)}; the columns are {columns}. Name another with label_column (--label-column)."
         )
     return found
+
+
+def numbers(values: Sequence[Any], column: str) -> list[float]:
+    """What a head that predicts a number is compared with.
+
+    Raises:
+        ValueError: one is missing, or is no number.
+    """
+    for number, value in enumerate(values):
+        if not isinstance(value, (int, float)) or not math.isfinite(value):
+            raise ValueError(f"Row {number} has {value!r} in {column!r}, where a number was expected.")
+    return [float(value) for value in values]
 
 
 def first_example(batch: dict[str, Tensor]) -> dict[str, Tensor]:

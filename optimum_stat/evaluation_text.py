@@ -14,7 +14,7 @@ from transformers.utils.logging import tqdm
 from .blocks import lacks_padding
 from .config import PruningConfig
 from .data import Batches, lengths, make_batches, repadded
-from .evaluation_data import Data, first_example, label_column, to_device
+from .evaluation_data import Data, first_example, label_column, numbers, to_device
 from .labels import COLUMNS as LABEL_COLUMNS
 from .labels import class_ids
 from .rows import Rows
@@ -44,7 +44,7 @@ def classification(model: Any, tokenizer: Any, data: Data) -> Any:
     if model.config.num_labels > 1:
         labels = torch.tensor(class_ids(found, names, model.config))
     else:
-        labels = torch.tensor([float(label) for label in found], dtype=torch.float64)
+        labels = torch.tensor(numbers(found, label_column(data)), dtype=torch.float64)
     logits = torch.cat([model(**to_device(batch, model)).logits.float().cpu() for batch in tqdm(batches, desc="Classifying")])
     return of_classes(logits, labels, model.config), None, first_example(batches[0])
 
@@ -60,7 +60,7 @@ def embedding(model: Any, tokenizer: Any, data: Data) -> Any:
     both = _encoded(model, tokenizer, [(text,) for pair in texts for text in pair], data.config)
     embeddings = mean_pooled(model, both)
     cosines = torch.nn.functional.cosine_similarity(embeddings[::2], embeddings[1::2])
-    return correlations(cosines.tolist(), [float(score) for score in scores]), embeddings, first_example(both[0])
+    return correlations(cosines.tolist(), numbers(scores, label_column(data))), embeddings, first_example(both[0])
 
 
 def question_answering(model: Any, tokenizer: Any, data: Data) -> Any:

@@ -129,6 +129,8 @@ def _heads(model: Any, stack: Stack, found: Attention) -> Group:
     rows = (sum(outer_shape(each)[0] for each in linears) - of_queries) // 2  # of all keys, or all values
     one_for_all = rows == width and _one_key_value_head(config)
     units = of_queries // width if one_for_all else rows // width
+    if units < 1 or rows % width or of_queries % (units * width):
+        raise unknown(model, "its queries, keys and values are not made of heads of one width")
     queries = of_queries // width // units
     fixed = 2 * width if one_for_all else 0
     positions = [linear for name in OF_POSITIONS if (linear := at(found.module, name)) is not None]

@@ -20,7 +20,10 @@ from .recordings import is_image, is_sound, pixels, waveform
 from .rows import input_columns
 
 TARGETS = ("target", "targets", "summary", "highlights", "answer", "output", "translation")
-TEXTS = ("text", "sentence", "caption", "transcription", "transcript", "document", "article", "source", "input", "question")
+TEXTS = (
+    *("text", "sentence", "caption", "transcription", "transcript", "normalized_text"),
+    *("document", "article", "dialogue", "source", "input", "question"),
+)
 
 
 @dataclass(frozen=True)
@@ -42,10 +45,10 @@ class Reader:
     def read(self, row: Mapping[str, Any], where: str) -> dict[str, Tensor]:
         """What is ready as it is; the rest through the parts of the processor."""
         result = ready_inputs(row, self.model, where, writes(self.model))
-        accepted = inspect.signature(self.model.forward).parameters
+        accepted = {*inspect.signature(self.model.forward).parameters, *(("labels",) if writes(self.model) else ())}
         for kind in modalities(self.model):
             own = self._inputs_of(kind)
-            if own & accepted.keys() and not own & result.keys():
+            if own & accepted and not own & result.keys():
                 made = {"image": self._image, "audio": self._sound, "text": self._text}[kind](row, where)
                 result |= {name: value for name, value in made.items() if name in accepted}
         return self._with_decoder(result, where)
@@ -161,9 +164,21 @@ def texts_in(model: Any, head: Mapping[str, Any], asked: Sequence[str] | None) -
     if asked:
         return asked
     strings = [name for name, value in head.items() if isinstance(value, str)]
-    source = next((name for name in TEXTS if name in strings), strings[0] if strings else "text")
+    source = next((name for name in TEXTS if name in strings), None) or _only_text(head, strings)
+    if source is None and ("text" in modalities(model) or writes(model)):
+        raise ValueError(
+            f"Which column is the text? There are {', '.join(head)}: name it with text_columns (--text-columns)"
+            f"{', the source first' if writes(model) else ''}."
+        )
     target = next((name for name in TARGETS if name in strings and name != source), source)
-    return (source, target)[:most]
+    return (source or "", target or "")[:most]
+
+
+def _only_text(head: Mapping[str, Any], strings: Sequence[str]) -> str | None:
+    """The column that must be the text, as there is no other; a row without any is told of when it is read."""
+    others = [name for name in strings if name not in TARGETS] or strings
+    unclear = len(others) > 1 or any(name in head for name in TEXTS if name not in strings)
+    return None if unclear else others[0] if others else "text"
 
 
 def part_of(processor: Any, name: str) -> Any:

@@ -229,7 +229,7 @@ def restored_on_error(model: nn.Module) -> Iterator[None]:
         for module in model.modules()
     ]
     own: Any = model.config
-    configs = [own, *(getattr(own, name) for name in own.sub_configs)]
+    configs = [own, *(inner for name in own.sub_configs if (inner := getattr(own, name)) is not None)]
     values = [dict(vars(config)) for config in configs]
     try:
         yield

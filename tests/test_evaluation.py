@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from datasets import ClassLabel, Dataset, Features, Value
+from datasets import ClassLabel, Dataset, Features, IterableDataset, Value
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import (
     BertConfig,
@@ -204,6 +204,26 @@ def test_what_would_not_be_heeded_is_refused(asked: dict[str, int], says: str) -
     rows = Dataset.from_dict({"text": ["w1", "w2"], "label": [0, 1]})
     with pytest.raises(ValueError, match=says):
         measure(bert(BertForSequenceClassification), tokenizer(), Data(rows, data_config(**asked)))
+
+
+@pytest.mark.parametrize("label", [None, "good", math.nan])
+def test_what_is_no_number_is_refused_by_its_row(label: Any) -> None:
+    rows = Dataset.from_list([{"text": "w1", "label": 1.0}, {"text": "w2", "label": label}]) if label != "good" else None
+    rows = rows or Dataset.from_dict({"text": ["w1", "w2"], "label": ["good", "bad"]})
+    with pytest.raises(ValueError, match=r"Row [01] has .* in 'label', where a number was expected"):
+        measure(bert(BertForSequenceClassification, num_labels=1), tokenizer(), Data(rows, data_config()))
+
+
+def test_a_wrong_label_column_is_refused_where_none_is_read() -> None:
+    with pytest.raises(ValueError, match="No label column stars; the columns are text"):
+        measure(bert(BertModel), tokenizer(), Data(Dataset.from_dict({"text": ["w1"]}), data_config(), label_column="stars"))
+
+
+def test_the_columns_of_a_stream_are_those_of_its_first_row() -> None:
+    rows = [{"text": f"w{i}", "label": i % 2} for i in range(6)]
+    model = bert(BertForSequenceClassification)
+    streamed = measure(model, tokenizer(), Data(IterableDataset.from_generator(lambda: iter(rows)), data_config()))
+    assert streamed.metrics == measure(model, tokenizer(), Data(Dataset.from_list(rows), data_config())).metrics
 
 
 def test_regression_correlates_ranks_and_values() -> None:

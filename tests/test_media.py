@@ -213,6 +213,32 @@ def test_texts_with_a_target_are_read_until_the_shorter_of_both_has_enough_token
     assert make_media_batches(ready, tiny("t5"), PruningConfig(num_tokens=22)).num_examples == 8
 
 
+@pytest.mark.parametrize(
+    ("family", "row"),
+    [
+        ("t5", {"id": "w3", "talk": "w4 w5", "summary": "w6"}),
+        ("clip", {"image": images(1)[0], "caption": ["w3", "w4"], "split": "w5"}),
+    ],
+)
+def test_one_of_several_columns_is_not_taken_for_the_text(family: str, row: dict[str, Any]):
+    with pytest.raises(ValueError, match=r"Which column is the text\? There are .*: name it with text_columns"):
+        make_media_batches([row], tiny(family), PruningConfig(), processor=tokenizer())
+
+
+def test_the_only_column_with_text_beside_a_target_is_the_source():
+    row = {"talk": "w4 w5", "summary": "w6"}
+    (item,) = make_media_batches([row], tiny("t5"), PruningConfig(), processor=tokenizer())
+    assert (item["input_ids"].tolist(), item["decoder_input_ids"].tolist()) == ([[7, 8]], [[PAD]])
+
+
+@pytest.mark.parametrize("family", ["bart", "t5"])
+def test_a_decoder_without_a_head_reads_the_target_too(family: str):
+    rows = [{"document": "w5 w6 w7", "summary": "w9 w10"}]
+    (alone,) = make_media_batches(rows, tiny(family, ""), PruningConfig(), processor=tokenizer())
+    (whole,) = make_media_batches(rows, tiny(family), PruningConfig(), processor=tokenizer())
+    assert alone["decoder_input_ids"].tolist() == whole["decoder_input_ids"].tolist()
+
+
 def ending(before: str = "<s>", special: Any = (("<s>", 0), ("</s>", 2))) -> PreTrainedTokenizerFast:
     """A tokenizer that marks where texts end."""
     marking = tokenizer()

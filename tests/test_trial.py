@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from tiny import data_of, outputs, tiny
+from transformers import AutoModelForCausalLM
 
 from optimum_stat import FisherConfig, FisherPruner, STATConfig, STATPruner
 from optimum_stat.family_table import FAMILIES
@@ -47,6 +49,28 @@ def test_a_bias_with_a_share_for_each_head_is_noticed_before_any_work(unlisted: 
         STATPruner(model, CONFIG).prune(data_of(family))
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     assert torch.equal(outputs(model, data_of(family)[0]), wanted)
+
+
+def test_parts_that_are_replaced_while_the_model_runs_are_noticed(unlisted: Any) -> None:
+    model = unlisted("bert")
+    model.register_forward_pre_hook(
+        lambda own, args: setattr(own.bert.encoder.layer[0].attention, "dropout", torch.nn.Dropout(0))
+    )
+    with pytest.raises(ValueError, match="replaces its parts while it runs"):
+        STATPruner(model, CONFIG).prune(data_of("bert"))
+
+
+def test_which_dimensions_turn_together_is_known_of_listed_families_alone(unlisted: Any) -> None:
+    with pytest.raises(ValueError, match="which two dimensions of its heads turn together is not known: leave 'pairs' out"):
+        STATPruner(unlisted("llama"), STATConfig(keep=0.9, structures=("neurons", "pairs"))).prune(data_of("llama"))
+
+
+def test_offloaded_models_are_not_tried_which_is_told(unlisted: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    unlisted("llama").save_pretrained(tmp_path / "dense")
+    there = {"device_map": {"": "disk"}, "offload_folder": str(tmp_path / "weights")}
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "dense", **there)
+    STATPruner(model, CONFIG).prune(data_of("llama"))
+    assert "while weights are offloaded it is not tried whether the model runs" in caplog.text
 
 
 def test_a_width_that_the_forward_pass_reads_is_noticed(unlisted: Any) -> None:
