@@ -119,11 +119,11 @@ def _classes(model: Any, processor: Any, data: Data) -> tuple[MediaRows, Beside,
     if names is None:
         labels = data.dataset.select_columns([column])
         found = {row[column] for row in itertools.islice(labels, data.config.max_examples)}
-        number = next((label for label in found if not isinstance(label, str)), None)
-        if number is not None:
+        wrong = [label for label in found if not isinstance(label, str)]
+        if wrong:
             raise ValueError(
-                f"The labels in {column!r} are such as {number!r}, and the dataset has no names for them, with which the images "
-                "are to be matched. Give names, or cast the column to datasets.ClassLabel."
+                f"The labels in {column!r} are such as {wrong[0]!r}, and the dataset has no names for them, with which the "
+                "images are to be matched. Give names, or cast the column to datasets.ClassLabel."
             )
         names = sorted(found)
     prompts = [PROMPT.format(name.replace("_", " ")) for name in names]

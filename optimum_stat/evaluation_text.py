@@ -71,6 +71,10 @@ def question_answering(model: Any, tokenizer: Any, data: Data) -> Any:
         found = ", ".join(data.columns)
         raise ValueError(f"Question answering is measured on the columns {', '.join(names)}; there are only {found}.")
     rows = list(itertools.islice(data.dataset, _counted(data)))
+    for number, row in enumerate(rows):
+        texts, found = (row["question"], row["context"]), row["answers"]
+        if not all(isinstance(text, str) for text in texts) or not isinstance(found, dict) or "text" not in found:
+            raise ValueError(f"Row {number} has no question, context and answers as SQuAD has them: {row!r}.")
     batch_size, seq_len = data.config.batch_size, _seq_len(model, tokenizer, data.config)
     predicted, example = answers(model, tokenizer, rows, seq_len, batch_size)
     return exact_match_and_f1(predicted, [row["answers"]["text"] for row in rows]), None, first_example(example)

@@ -313,6 +313,10 @@ def test_question_answering_as_a_whole() -> None:
     rows = Dataset.from_dict({"question": ["w1", "w1"], "context": [context] * 2, "answers": answers})
     found = measure(model, tokenizer(), Data(rows, data_config()))
     assert found.metrics == {"exact_match": 50.0, "f1": 50.0}
+    for wrong in ({"question": None}, {"context": None}, {"answers": None}, {"answers": {"start": [0]}}):
+        row = Dataset.from_list([{"question": "w1", "context": context, "answers": answers[0], **wrong}])
+        with pytest.raises(ValueError, match="Row 0 has no question, context and answers as SQuAD has them"):
+            measure(model, tokenizer(), Data(row, data_config()))
     with pytest.raises(ValueError, match="question, context, answers; there are only text"):
         measure(model, tokenizer(), Data(Dataset.from_dict({"text": ["w1"]}), data_config()))
 
