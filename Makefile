@@ -25,7 +25,7 @@ test-oldest: $(STAMP)
 	rm -rf .oldest
 	$(PIP) --no-deps --target .oldest 'transformers==$(OLDEST).*'
 	PYTHONPATH=.oldest $(BIN)/python -m pytest tests/test_families.py tests/test_slicing.py tests/test_structure.py \
-		tests/test_mixtures.py tests/test_methods.py tests/test_table.py tests/test_upstream.py
+		tests/test_mixtures.py tests/test_methods.py tests/test_table.py tests/test_trial.py tests/test_upstream.py
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

@@ -86,6 +86,18 @@ def first_example(batch: dict[str, Tensor]) -> dict[str, Tensor]:
     return found
 
 
+def hidden_states(model: Any, output: Any) -> Tensor:
+    """What the last block of a model without a head returns, in float32.
+
+    Raises:
+        ValueError: it has a head, of a kind that is not known.
+    """
+    if "last_hidden_state" in output:
+        found: Tensor = output["last_hidden_state"].float()
+        return found
+    raise ValueError(f"{type(model).__name__} cannot be measured: there is no measure of what it returns, {', '.join(output)}.")
+
+
 def to_device(batch: dict[str, Tensor], model: Any) -> dict[str, Tensor]:
     """The batch where the model's inputs belong."""
     return {name: value.to(device_of(model)) for name, value in batch.items()}

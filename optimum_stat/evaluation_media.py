@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from .blocks import is_encoder_decoder
-from .evaluation_data import Data, first_example, label_column, to_device
+from .evaluation_data import Data, first_example, hidden_states, label_column, to_device
 from .labels import COLUMNS as LABEL_COLUMNS
 from .labels import IGNORED, find_labels
 from .media import BESIDE, Example, MediaRows
@@ -58,7 +58,7 @@ def embedding(model: Any, processor: Any, data: Data) -> Any:
     """Means of the last hidden states over all places, of a decoder over its real tokens: [examples, hidden]."""
     passes, pooled = Passes(model, _rows(model, processor, data), "Embeddings"), []
     for inputs, _ in passes:
-        hidden = model(**inputs).last_hidden_state.float()
+        hidden = hidden_states(model, model(**inputs))
         mask = inputs.get("decoder_attention_mask", torch.ones(hidden.shape[:2])).to(hidden)[..., None]
         pooled.append(((hidden * mask).sum(1) / mask.sum(1)).cpu())
     return {}, torch.cat(pooled), passes.example

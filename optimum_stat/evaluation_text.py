@@ -14,7 +14,7 @@ from transformers.utils.logging import tqdm
 from .blocks import lacks_padding
 from .config import PruningConfig
 from .data import Batches, lengths, make_batches, repadded
-from .evaluation_data import Data, first_example, label_column, numbers, to_device
+from .evaluation_data import Data, first_example, hidden_states, label_column, numbers, to_device
 from .labels import COLUMNS as LABEL_COLUMNS
 from .labels import class_ids
 from .rows import Rows
@@ -115,7 +115,7 @@ def mean_pooled(model: Any, batches: Sequence[dict[str, Tensor]]) -> Tensor:
     """Mean of the last hidden states over real tokens: [examples, hidden], float32 on the CPU."""
     pooled = []
     for batch in tqdm(batches, desc="Embeddings", unit="batch"):
-        hidden = model(**to_device(batch, model)).last_hidden_state.float()
+        hidden = hidden_states(model, model(**to_device(batch, model)))
         mask = batch["attention_mask"].to(hidden)[..., None]
         pooled.append(((hidden * mask).sum(1) / mask.sum(1)).cpu())
     return torch.cat(pooled)

@@ -12,6 +12,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import (
     BertConfig,
     BertForMaskedLM,
+    BertForPreTraining,
     BertForQuestionAnswering,
     BertForSequenceClassification,
     BertModel,
@@ -212,6 +213,11 @@ def test_what_is_no_number_is_refused_by_its_row(label: Any) -> None:
     rows = rows or Dataset.from_dict({"text": ["w1", "w2"], "label": ["good", "bad"]})
     with pytest.raises(ValueError, match=r"Row [01] has .* in 'label', where a number was expected"):
         measure(bert(BertForSequenceClassification, num_labels=1), tokenizer(), Data(rows, data_config()))
+
+
+def test_a_head_of_no_known_kind_is_told() -> None:
+    with pytest.raises(ValueError, match=r"BertForPreTraining cannot be measured: .* prediction_logits, seq_relationship_logits"):
+        measure(bert(BertForPreTraining), tokenizer(), Data(Dataset.from_dict({"text": ["w1"]}), data_config()))
 
 
 def test_a_wrong_label_column_is_refused_where_none_is_read() -> None:
