@@ -17,14 +17,14 @@ from transformers.utils.logging import tqdm
 from .blocks import family_of
 from .calls import stack_tokens
 from .config import PruningConfig
-from .data import Batches, enough
+from .data import LABELS, Batches, enough
 from .labels import IGNORED, Labels, find_labels, predicts_next, why_none
 from .media_reader import Reader, texts_in
 from .probes import device_of, quiet
 from .rows import collection
 
 OF_TOKENS = ("input_ids", "attention_mask", "decoder_input_ids", "decoder_attention_mask")
-BESIDE = ("labels", "start_positions", "end_positions", "row")
+BESIDE = (*LABELS, "row")
 """What is no input: labels, and which of its reader's notes belongs to the row."""
 WINDOW = 256  # examples in memory at once, where not all are
 Example = dict[str, Tensor]
