@@ -19,9 +19,10 @@ from transformers import MODEL_FOR_CTC_MAPPING, AutoConfig, AutoProcessor, AutoT
 
 from . import card, folders, loaded, remote_code
 from .blocks import find_blocks, modalities
-from .hub import Destination, is_hub_id, shown
+from .hub import Destination
 from .offload import free_at_once, is_offloaded, reading_copies
 from .processes import Processes
+from .publishing import publish
 from .recipe import make_recipe
 from .sources import Source, located, source_of
 from .structure import KEY, describe
@@ -127,23 +128,18 @@ def _push(
     with ExitStack() as stack:
         try:  # before the repo is made, which would be left empty
             folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-            write_repo(
-                pruner, folder, to.repo_id, public=True, **{key: value for key, value in form.items() if value is not None}
-            )
+            write_repo(pruner, folder, to.repo_id, **{key: value for key, value in form.items() if value is not None})
         except (OSError, SafetensorError) as error:
             raise OSError(
                 getattr(error, "errno", None) or errno.EIO,
                 f"Nothing was pushed to {to.repo_id}, and the model in memory is unharmed: what is to be pushed could not be "
                 f"written to the folder for temporary files: {error}. Make room, or set TMPDIR to a folder that has it.",
             ) from error
-        return to.upload(folder, commit_message or f"Pruned with optimum-stat ({pruner.method})", revision, create_pr)
+        return publish(folder, to, commit_message, revision, create_pr)
 
 
-def write_repo(pruner: Pruner[Any], folder: Path, name: str, public: bool = False, **kwargs: Any) -> None:
-    """Weights, config, tokenizer, recipe, remote-code loader and card; `name` is what the card calls it.
-
-    Where on this machine a local base model lies stands in the recipe, for `evaluate`, unless it is `public`.
-    """
+def write_repo(pruner: Pruner[Any], folder: Path, name: str, **kwargs: Any) -> None:
+    """Weights, config, tokenizer, recipe, remote-code loader and card; `name` is what the card calls it."""
     config = pruner.model.config
     before = getattr(config, "auto_map", None)
     config.auto_map = dict(before or {}) if remote_code.own_auto_class(pruner.model) else remote_code.write(pruner.model, folder)
@@ -161,10 +157,6 @@ def write_repo(pruner: Pruner[Any], folder: Path, name: str, public: bool = Fals
     if pruner.tokenizer is not None:
         pruner.tokenizer.save_pretrained(folder)
     recipe = make_recipe(pruner)
-    if public:
-        recipe["base_model"] = shown(recipe["base_model"])
-        if not is_hub_id(recipe["base_model"]):
-            recipe.pop("base_subfolder", None)
     (folder / folders.RECIPE).write_text(json.dumps(recipe, indent=2) + "\n")
     card.write(folder, recipe, name, pruner.paper)
 

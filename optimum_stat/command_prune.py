@@ -109,11 +109,7 @@ def _pushed(pruner: Any, repo_id: str, args: Any) -> str:
     try:
         return str(pruner.push_to_hub(repo_id, private=args.private or None))
     except Exception as error:
-        from .hub import shown
-
-        # the recipe says where on this machine the base model lies
-        without = [] if shown(pruner.source) == pruner.source else ["--exclude", folders.RECIPE]
-        command = ["hf", "upload", repo_id, str(args.output), *(["--private"] if args.private else []), *without]
+        command = ["optimum-cli", "stat", "push", str(args.output), repo_id, *(["--private"] if args.private else [])]
         raise RuntimeError(f"{error} The model is saved: `{shlex.join(command)}` pushes it.") from error
 
 

@@ -17,6 +17,7 @@ from . import __version__, command_data, command_options, command_values, folder
 from .command_base import LOGGER, Command, Result, WrongArguments, check_model, device, loading
 from .command_plan import PlanCommand
 from .command_prune import PruneCommand
+from .command_push import PushCommand
 from .command_sweep import SweepCommand
 
 
@@ -197,6 +198,7 @@ class StatCommand(BaseOptimumCLICommand):
     SUBCOMMANDS: ClassVar[Any] = (
         CommandInfo(name="prune", help="Prune a model.", subcommand_class=PruneCommand),
         CommandInfo(name="sweep", help="Prune a model to several sizes.", subcommand_class=SweepCommand),
+        CommandInfo(name="push", help="Publish a pruned model that is saved.", subcommand_class=PushCommand),
         CommandInfo(name="plan", help="What a run would take: sizes, memory, time.", subcommand_class=PlanCommand),
         CommandInfo(name="evaluate", help="Measure a pruned model beside its dense one.", subcommand_class=EvaluateCommand),
         CommandInfo(name="profile", help="Time a model's blocks at every size.", subcommand_class=ProfileCommand),

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import glob
 import os
 import re
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path, PureWindowsPath
 from typing import Any
 
-from huggingface_hub import HfApi, get_token
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, get_token
 from huggingface_hub.errors import HTTPError, RepositoryNotFoundError  # HTTPError is that of its HTTP library, whichever it is
 from huggingface_hub.utils import validate_repo_id
 
@@ -76,25 +75,20 @@ class Destination:
         _refuse_public(full, public)
         return cls(api, full, private)
 
-    def upload(self, folder: Path, message: str, revision: str | None, create_pr: bool) -> str:
-        """All of a folder in one commit, in place of other weights; returns its address. A branch that is missing is made."""
+    def upload(self, files: Mapping[str, Path | bytes], message: str, revision: str | None, create_pr: bool) -> str:
+        """Files or contents, by name, in one commit, in place of other weights; returns its address. A missing branch is made."""
         api, name = self.api, self.repo_id
         with _explained(name, api, lambda: f"{AS_BEFORE} {KEEP}"):
             api.create_repo(name, private=self.private, exist_ok=True)
             if revision is not None and not create_pr and not revision.startswith("refs/"):
                 api.create_branch(name, branch=revision, exist_ok=True)
             found = api.model_info(name, revision=revision)
-            stale = stale_files([each.rfilename for each in found.siblings or ()], {path.name for path in folder.iterdir()})
+            stale = stale_files([each.rfilename for each in found.siblings or ()], files)
         _refuse_public(name, bool(self.private) and not found.private)
         with _explained(name, api, lambda: f"{self._fate(revision, found.sha, create_pr)} {KEEP}"):
-            commit = api.upload_folder(
-                repo_id=name,
-                folder_path=folder,
-                commit_message=message,
-                revision=revision,
-                create_pr=create_pr,
-                delete_patterns=[glob.escape(each) for each in stale],
-            )
+            new = [CommitOperationAdd(each, content) for each, content in files.items()]
+            old = [CommitOperationDelete(each, is_folder=False) for each in stale]
+            commit = api.create_commit(name, [*new, *old], commit_message=message, revision=revision, create_pr=create_pr)
             return str(commit.commit_url)
 
     def _fate(self, revision: str | None, before: str | None, create_pr: bool) -> str:

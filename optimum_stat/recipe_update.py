@@ -16,14 +16,23 @@ def enter(folder: Path, metrics: Sequence[Mapping[str, Any]] = (), **values: Any
     Raises:
         ValueError: the recipe is of a method that this version lacks.
     """
-    from .methods import METHODS
-
     recipe = json.loads((folder / folders.RECIPE).read_text())
     new = {(metric["name"], metric["dataset"]): metric for metric in metrics if metric["value"] is not None}
     recipe["metrics"] = [m for m in recipe["metrics"] if (m["name"], m["dataset"]) not in new] + list(new.values())
     recipe |= {name: value for name, value in values.items() if value}
-    paper = next((method.paper for method in METHODS if method.method == recipe["method"]), None)
-    if paper is None:
-        raise ValueError(f"{folder / folders.RECIPE} names method {recipe['method']!r}, which this optimum-stat lacks.")
-    card.write(folder, recipe, folder.absolute().name, paper)
+    card.write(folder, recipe, folder.absolute().name, paper_of(folder, recipe))
     folders.replace(folder / folders.RECIPE, f"{json.dumps(recipe, indent=2)}\n".encode())
+
+
+def paper_of(folder: Path, recipe: Mapping[str, Any]) -> card.Paper:
+    """The publication of the method that a recipe names.
+
+    Raises:
+        ValueError: this version lacks it.
+    """
+    from .methods import METHODS
+
+    found = next((method.paper for method in METHODS if method.method == recipe["method"]), None)
+    if found is None:
+        raise ValueError(f"{folder / folders.RECIPE} names method {recipe['method']!r}, which this optimum-stat lacks.")
+    return found

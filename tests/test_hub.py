@@ -311,9 +311,9 @@ def test_a_push_that_fails_after_the_work_says_how_to_push_what_is_saved(server:
     line = done.stderr.splitlines()[-1]
     assert f"Pushing to {name} at {server.endpoint} failed: " in line
     command = shlex.split(line.partition("The model is saved: `")[2].partition("` pushes it")[0])
-    assert command == ["hf", "upload", name, str(out), "--private", "--exclude", "stat_recipe.json"]
-    hf = Path(sys.executable).parent / command[0]
-    subprocess.run([hf, *command[1:]], env=server.client_env(tmp_path / "home"), check=True, capture_output=True)
+    assert command == ["optimum-cli", "stat", "push", str(out), name, "--private"]
+    cli = Path(sys.executable).parent / command[0]
+    subprocess.run([cli, *command[1:]], env=server.client_env(tmp_path / "home"), check=True, capture_output=True)
     files = server.files(name)
     assert files["model.safetensors"] == (out / "model.safetensors").read_bytes()
     assert [each for each, content in files.items() if b"SECRET" in content] == []
