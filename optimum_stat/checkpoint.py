@@ -19,7 +19,7 @@ from transformers import MODEL_FOR_CTC_MAPPING, AutoConfig, AutoProcessor, AutoT
 
 from . import card, folders, loaded, remote_code
 from .blocks import find_blocks, modalities
-from .hub import Destination
+from .hub import Destination, impatient
 from .offload import free_at_once, is_offloaded, reading_copies
 from .processes import Processes
 from .publishing import publish
@@ -65,7 +65,7 @@ def load(
     path, gguf = located(model_or_path)
     kwargs |= gguf
     shared = {name: kwargs[name] for name in CONFIG_ARGUMENTS if name in kwargs}
-    with loaded.explained(path, shared):
+    with impatient(path), loaded.explained(path, shared):
         found = auto_class(path, task, shared).from_pretrained(path, **{**kwargs, "output_loading_info": True})
     model, info = found if isinstance(found, tuple) else (found, {})  # a class of the repo's own may not know the option
     loaded.refuse_incomplete(model, path, info)
@@ -73,7 +73,8 @@ def load(
     if is_offloaded(model):
         free_at_once()
     if tokenizer is None:
-        tokenizer = loaded.reader(path, shared, AutoTokenizer if modalities(model) == ("text",) else AutoProcessor)
+        with impatient(path):
+            tokenizer = loaded.reader(path, shared, AutoTokenizer if modalities(model) == ("text",) else AutoProcessor)
     return model, tokenizer, source_of("/".join(filter(None, (path, kwargs.get("gguf_file")))), model, kwargs)
 
 

@@ -7,11 +7,13 @@ import json
 import logging
 import math
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import hf_hub_download, try_to_load_from_cache
+from huggingface_hub.errors import HFValidationError, RemoteEntryNotFoundError, RepositoryNotFoundError, RevisionNotFoundError
 from torch import Tensor
 from transformers.utils.logging import tqdm
 
@@ -162,7 +164,9 @@ def compare(
         return found
     if dense is None or beside is None:
         raise ValueError(_NO_DENSE.format(model))
-    seq_len = (_recipe(model, kwargs.get("revision")).get("report") or {}).get("seq_len") or pruned.measured.num_tokens
+    seq_len = pruned.measured.num_tokens
+    with suppress(OSError, ValueError):  # which `base_model` has told
+        seq_len = (_recipe(model, kwargs.get("revision")).get("report") or {}).get("seq_len") or seq_len
     try:
         example = pruned.measured.example
         return replace(found, speed=tuple(speeds(model, dense, speed, seq_len, task, device, example, **kwargs)))
@@ -173,7 +177,13 @@ def compare(
 
 def base_model(model: str, revision: str | None) -> Source | None:
     """What the recipe of a pruned model says it was made from, unless that is a folder of which it has no more than the name."""
-    recipe = _recipe(model, revision)
+    try:
+        recipe = _recipe(model, revision)
+    except (OSError, ValueError) as error:
+        reason = " ".join(str(error).split())
+        told = "%s of %s cannot be read, so what to measure beside it is not known: name it with --dense. (%s)"
+        logger.warning(told, folders.RECIPE, model, reason)
+        return None
     source = recipe.get("base_model")
     if source is None:
         return None
@@ -184,14 +194,20 @@ def base_model(model: str, revision: str | None) -> Source | None:
 
 
 def _recipe(model: str, revision: str | None) -> dict[str, Any]:
-    """Empty if the model was not pruned by us, or not as a whole."""
-    try:
+    """Empty if the model was not pruned by us, or not as a whole.
+
+    Raises:
+        OSError: it cannot be read, or the Hub does not say whether there is one.
+        ValueError: it is damaged.
+    """
+    if Path(model).exists():
         path = Path(model) / folders.RECIPE
-        if not Path(model).is_dir():
-            path = Path(hf_hub_download(model, folders.RECIPE, revision=revision))
-        found = json.loads(path.read_text())
-    except (OSError, ValueError):
-        return {}
+        found = json.loads(path.read_text()) if path.is_file() else {}
+    else:
+        try:
+            found = json.loads(Path(hf_hub_download(model, folders.RECIPE, revision=revision)).read_text())
+        except (RemoteEntryNotFoundError, RepositoryNotFoundError, RevisionNotFoundError, HFValidationError):
+            return {}
     return found if isinstance(found, dict) else {}
 
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, get_token
 from huggingface_hub.errors import HTTPError, RepositoryNotFoundError  # HTTPError is that of its HTTP library, whichever it is
-from huggingface_hub.utils import validate_repo_id
+from huggingface_hub.utils import get_session, validate_repo_id
 
 WEIGHTS = re.compile(  # of any variant, such as model.fp16-00001-of-00002.safetensors and model.safetensors.index.fp16.json
     r"(model|pytorch_model)(\.[^./]+)?(-\d{5}-of-\d{5})?\.(safetensors|bin)"
@@ -28,6 +28,8 @@ READERS = re.compile(
 
 AS_BEFORE = "The repo is as it was before, at most newly made."
 KEEP = "Try again, or keep the model with save_pretrained(folder)."
+SILENCE = 120.0
+"""Seconds for which a Hub that has been asked something may say nothing."""
 
 
 def is_hub_id(source: str | None) -> bool:
@@ -131,10 +133,39 @@ def _refuse_public(repo_id: str, public: bool) -> None:
 @contextmanager
 def _explained(repo_id: str, api: HfApi, fate: Callable[[], str]) -> Iterator[None]:
     """Say what a failed request means for the repo and the model."""
+    with impatient():
+        try:
+            yield
+        except Exception as error:  # odd answers make the client raise anything
+            raise ConnectionError(
+                f"Pushing to {repo_id} at {api.endpoint} failed: {_reason(error)}. {fate()} The model is unharmed."
+            ) from error
+
+
+def _reason(error: Exception) -> str:
+    """Of an upload to the store of large files, the client's error has why it failed as its cause alone; addresses are signed."""
+    what = str(error) if isinstance(error, (OSError, HTTPError)) else f"{type(error).__name__}: {error}"
+    why = str(error.__cause__) if isinstance(error.__cause__, (OSError, HTTPError)) else ""
+    said = [what] if why in what else [what, why]
+    return ": ".join(re.sub(r"(https?://[^\s?']+)\?[^\s']*", r"\1", each).strip().rstrip(".") for each in said)
+
+
+@contextmanager
+def impatient(place: str = "") -> Iterator[None]:
+    """Let no request wait longer than `SILENCE`: for most, the client has no limit. Of a folder nobody is asked."""
+    if place and Path(place).exists():
+        yield
+        return
+    hooks = get_session().event_hooks["request"]
+    hooks.append(_limit)
     try:
         yield
-    except Exception as error:  # odd answers make the client raise anything
-        what = str(error) if isinstance(error, (OSError, HTTPError)) else f"{type(error).__name__}: {error}"
-        raise ConnectionError(
-            f"Pushing to {repo_id} at {api.endpoint} failed: {what.strip().rstrip('.')}. {fate()} The model is unharmed."
-        ) from error
+    finally:
+        hooks.remove(_limit)
+
+
+def _limit(request: Any) -> None:
+    """Its own limits hold, where it has some."""
+    limits = request.extensions.get("timeout") or {}
+    own = {kind: limit for kind, limit in limits.items() if limit is not None}
+    request.extensions["timeout"] = dict.fromkeys(("connect", "read", "write", "pool"), SILENCE) | own

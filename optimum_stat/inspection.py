@@ -15,6 +15,7 @@ from .blocks import find_stacks
 from .budget import Lengths, model_cost
 from .calls import stack_tokens
 from .families import find_groups
+from .hub import impatient
 from .probes import quiet
 from .routers import find_mixtures
 from .sources import located
@@ -108,7 +109,8 @@ def sizes(model: str, revision: str | None = None) -> Sizes:
 def config_of(model: str, revision: str | None) -> Any:
     """Of a Hub id, a folder or a GGUF file."""
     place, gguf = located(model)
-    return AutoConfig.from_pretrained(place, revision=revision, **gguf)
+    with impatient(place):
+        return AutoConfig.from_pretrained(place, revision=revision, **gguf)
 
 
 def from_config_alone(config: Any) -> Any:

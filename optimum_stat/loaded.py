@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
+from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
@@ -21,6 +23,8 @@ OF_READERS = (
     *("vocab.txt", "vocab.json", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model"),
 )
 """A tokenizer or processor has one of these at least."""
+IN_ORDER = tuple(name + end for name in ("model.safetensors", "pytorch_model.bin") for end in ("", ".index.json"))
+"""What transformers takes weights from: the first of these that is there."""
 FOUND_BY = ("revision", "token", "cache_dir", "subfolder", "local_files_only")
 
 
@@ -38,8 +42,11 @@ def explained(path: str, asked: Mapping[str, Any]) -> Iterator[None]:
         raise OSError(
             f"The weights of {path} cannot be read: {error}. Their file is damaged, or not all of it is there."
         ) from error
-    except (OSError, ValueError) as error:
-        if not _is_adapter(path, asked):
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        damaged = _damaged_index(path, asked)
+        if damaged is not None:
+            raise OSError(f"The weights of {path} cannot be read: {damaged} is damaged, or not all of it is there.") from error
+        if isinstance(error, (LookupError, TypeError)) or not _is_adapter(path, asked):
             raise
         raise ValueError(
             f"{path} has adapters for another model, and no weights of its own: merge them first, merge_and_unload() does, and "
@@ -84,6 +91,25 @@ def reader(path: str, asked: Mapping[str, Any], auto: Any) -> Any:
             reason = " ".join(str(error).split())
             logger.warning("the tokenizer or processor of %s cannot be read, so there is none: %s", path, reason)
         return None  # tokenized data needs none
+
+
+def _damaged_index(path: str, asked: Mapping[str, Any]) -> str | None:
+    """The index of shards that lies here and is none; transformers says of it what Python does."""
+    for name in IN_ORDER:
+        found = None
+        with suppress(OSError, ValueError):  # no such repo, or none of it in the cache
+            found = cached_file(
+                path, name, **{**_found_by(asked), "local_files_only": True}, _raise_exceptions_for_missing_entries=False
+            )
+        if found is None:
+            continue
+        if not name.endswith(".json"):
+            return None
+        try:
+            return None if json.loads(Path(found).read_text("utf-8"))["weight_map"] else name
+        except (ValueError, LookupError, TypeError):
+            return name
+    return None
 
 
 def _is_adapter(path: str, asked: Mapping[str, Any]) -> bool:

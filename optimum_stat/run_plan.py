@@ -21,6 +21,7 @@ from .currency import Currency
 from .data import SEQ_LEN
 from .device_speed import Speeds
 from .families import Group, find_blocks, find_groups
+from .hub import impatient
 from .inspection import lengths_of
 from .methods.stat import STATConfig
 from .run_work import Stage, Work, matrices
@@ -123,8 +124,9 @@ def plan_run(
         )
     place, gguf = located(model)
     kwargs |= gguf
-    found = AutoConfig.from_pretrained(place, **kwargs)
-    kind: Any = auto_class(place, task, kwargs)
+    with impatient(place):
+        found = AutoConfig.from_pretrained(place, **kwargs)
+        kind: Any = auto_class(place, task, kwargs)
     with torch.device("meta"):
         built = kind.from_config(found) if hasattr(kind, "from_config") else kind(found)
     stored = _dtype(dtype or found.dtype)

@@ -16,6 +16,7 @@ from test_checkpoint import client, run_client, tokenizer
 from tiny import tiny
 
 from optimum_stat import MovementConfig, MovementPruner
+from optimum_stat.hub import _reason
 
 START = """
 import torch
@@ -132,6 +133,63 @@ def test_a_commit_that_arrived_without_an_answer_is_told(server: HubServer, tmp_
         assert said.startswith(f"ConnectionError: Pushing to user/{name} at {server.endpoint} failed: {why}")
         assert f"But the repo has a new commit, {server.repos[f'user/{name}'].at().sha}: " in said
         assert "as it was before" not in said
+
+
+SILENT = """
+from optimum_stat import STATPruner, hub
+from optimum_stat.inspection import config_of
+hub.SILENCE = 0.5
+attempt("late")
+attempt("mute")
+found["config"] = config_of("user/mute", None).model_type
+found["model"] = type(STATPruner.from_pretrained("user/mute", tokenizer=pruner.tokenizer).model).__name__
+print(json.dumps(found))
+"""
+
+
+def test_a_hub_that_says_nothing_is_not_waited_for_for_ever(server: HubServer, tmp_path: Path):
+    tiny("llama").save_pretrained(tmp_path / "mute")
+    files = {path.name: path.read_bytes() for path in (tmp_path / "mute").iterdir()}
+    server.repos["user/mute"] = Repo("user/mute", False, [Commit("seed", files)])
+    server.silent_at = ("user/late/commit", "/api/models/user/mute")
+    try:
+        found = client(server, START + SILENT, tmp_path / "home")
+    finally:
+        server.silent_at = ()
+    for name in ("late", "mute"):
+        assert found[name].startswith(
+            f"ConnectionError: Pushing to user/{name} at {server.endpoint} failed: timed out. The repo is as"
+        )
+    assert (found["config"], found["model"]) == ("llama", "LlamaForCausalLM")
+    assert server.commits("user/late") == ["initial commit"]
+
+
+def test_why_a_large_file_could_not_be_stored_is_told_without_the_signature_of_its_address():
+    error = RuntimeError("Error while uploading 'model.safetensors' to the Hub.")
+    error.__cause__ = OSError("Client error '403 Forbidden' for url 'https://store/a?X-Signature=SECRET'\nmore")
+    wanted = "RuntimeError: Error while uploading 'model.safetensors' to the Hub: Client error '403 Forbidden' for url 'https://store/a'"
+    assert _reason(error) == f"{wanted}\nmore"
+    again = OSError("no room")
+    again.__cause__ = OSError("no room")
+    assert _reason(again) == "no room"
+
+
+RECIPES = """
+from huggingface_hub import constants
+from optimum_stat.comparison import base_model
+found = [base_model("user/" + name, None) for name in ("damaged-recipe", "no-recipe", "no-repo")]
+constants.HF_HUB_OFFLINE = True
+print(json.dumps([*found, base_model("user/no-recipe", None)]))
+"""
+
+
+def test_a_recipe_that_cannot_be_read_is_told(server: HubServer, tmp_path: Path):
+    server.repos["user/damaged-recipe"] = Repo("user/damaged-recipe", False, [Commit("seed", {"stat_recipe.json": b"<html>"})])
+    server.repos["user/no-recipe"] = Repo("user/no-recipe", False, [Commit("seed", {})])
+    done = run_client(server, RECIPES, tmp_path)
+    assert json.loads(done.stdout) == [None] * 4
+    told = [line.split()[2] for line in done.stderr.splitlines() if line.startswith("stat_recipe.json of ")]
+    assert told == ["user/damaged-recipe", "user/no-recipe"]  # there may be one, which offline nobody can tell
 
 
 def test_where_models_lie_on_this_machine_is_not_published(server: HubServer, tmp_path: Path):

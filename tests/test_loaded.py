@@ -142,6 +142,19 @@ def test_what_is_no_model_is_named(base: Path, tmp_path: Path):
         STATPruner.from_pretrained(base / "no.gguf")
 
 
+@pytest.mark.parametrize("damage", ["", "{}", "[]", "\xff", '{"metadata": {}, "weight_map": {}}'])
+def test_an_index_of_shards_that_is_none_is_named(damage: str, base: Path):
+    model = tiny("llama")
+    (base / "model.safetensors").unlink()
+    model.save_pretrained(base, max_shard_size="8KB")
+    assert STATPruner.from_pretrained(base).model.num_parameters() == model.num_parameters()
+    (base / "model.safetensors.index.json").write_text(damage, "latin-1")
+    with pytest.raises(
+        OSError, match=rf"The weights of {base} cannot be read: model\.safetensors\.index\.json is damaged, or not"
+    ):
+        STATPruner.from_pretrained(base)
+
+
 def test_a_folder_of_adapters(base: Path):
     (base / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": "somebody/base", "peft_type": "LORA"}))
     (base / "model.safetensors").unlink()
