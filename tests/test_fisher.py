@@ -21,6 +21,7 @@ from optimum_stat.currency import Currency
 from optimum_stat.data import Batches
 from optimum_stat.families import Group, find_groups, weight
 from optimum_stat.gradients import Sensitivity, output_worth, sensitivities
+from optimum_stat.journal import Journal
 from optimum_stat.labels import IGNORED
 from optimum_stat.methods import fisher_tuning
 from optimum_stat.methods.fisher import FisherRanking, estimated_shrinkage, rearranged
@@ -118,6 +119,17 @@ def test_published_gradients_are_means_of_batches() -> None:
         single, mean = (pruner.rank(groups, pruner.measure(groups, data(items, labels))).gradients for pruner in pruners)
     for name, own in single.items():
         torch.testing.assert_close(mean[name], torch.stack([own[:4].mean(0), own[4:].mean(0)]))
+
+
+def test_means_of_batches_expect_about_the_loss_that_single_gradients_expect() -> None:
+    items = many(4000)
+    expected = []
+    for per_example in (True, False):
+        config = FisherConfig(keep=0.9, per_example=per_example, batch_size=20, rearrange=False, tune=False)
+        pruner = FisherPruner.from_pretrained(tiny("llama"), config)
+        pruner.prune([{name: value[:20] for name, value in item.items()} for item in items])
+        expected.append(pruner.report.error)
+    assert expected[1] == pytest.approx(expected[0], rel=0.5)
 
 
 @pytest.mark.parametrize("budget", ["params", "macs"])
@@ -294,6 +306,15 @@ def test_tuning_brings_the_network_closer_on_tokens_it_has_not_seen(family: str)
             off.append(float((outputs(model, held_out) - outputs(dense, held_out)).square().mean()))
         ratios.append(off[1] / off[0])
     assert sorted(ratios)[1] < 1, ratios
+
+
+def test_only_the_last_mlp_of_a_published_classifier_is_fitted_to_first_tokens() -> None:
+    model, journal = tiny("bert", "SequenceClassification"), Journal()
+    tunings = [
+        fisher_tuning.Tuning(model, find_groups(model, structures), data(batches()), None, journal)
+        for structures in (("heads", "neurons"), ("heads",))
+    ]
+    assert [tuning.first_token_only for tuning in tunings] == ["1.neurons", None]
 
 
 def test_a_failed_layer_ends_the_tuning_and_leaves_the_rest_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -180,6 +180,18 @@ def test_the_regulariser_of_one_structure_is_its_mean_score():
     assert masks.penalty().item() == pytest.approx(6 * mean.item(), rel=1e-5)
 
 
+def test_mlps_may_be_pushed_harder():
+    masks = randomised(masks_of(tiny("bert"), "hybrid", regularization=6.0))
+    once, masks._of_neurons = masks.penalty().item(), 3.0
+    places = {place for layer, place in masks.places.items() if layer.group.structure == "neurons"}
+    mean = torch.cat([torch.sigmoid(masks.values[place]).flatten() for place in places]).mean()
+    assert masks.penalty().item() == pytest.approx(once + 6 * mean.item(), rel=1e-5)
+    config = MovementConfig(0.5, distill=1.0, regularization=6.0, mlp_regularization=3.0)
+    pruner = MovementPruner.from_pretrained(tiny("bert"), config)
+    data = pruner._start(None, many(100), None, None)
+    assert pruner.make_masks(find_groups(pruner.model), data)._of_neurons == 3.0
+
+
 @EACH_VARIANT
 def test_no_block_is_ever_emptied(variant: str):
     model = tiny("bert")
@@ -214,6 +226,24 @@ def test_what_is_filled_again_has_no_zeros():
     assert all(bool((linear.weight != 0).all()) for linear in linears)
 
 
+def test_what_fills_is_like_the_compact_matrix_with_its_zeros():
+    model = tiny("bert")
+    masks = randomised(masks_of(model, "hybrid-filled"))
+    for parameter in model.parameters():
+        parameter.data += 0.3
+    layers = [layer for layer in masks.places if layer.block_size]
+    stays = [(weight(layer.linear) != 0) & masks._masks[layer] for layer in layers]
+    before = [weight(layer.linear).detach() * mask for layer, mask in zip(layers, stays, strict=True)]
+    masks.bake(torch.Generator().manual_seed(0))
+    for layer, mask, value in zip(layers, stays, before, strict=True):
+        lines = torch.isin(layer.unit_of, masks.plan[layer.group.name])
+        compact, kept = (value[:, lines], ~mask[:, lines]) if layer.is_consumer else (value[lines], ~mask[lines])
+        filled = weight(layer.linear).detach()
+        filled = (filled[:, lines] if layer.is_consumer else filled[lines])[kept]
+        assert kept.any()
+        assert (filled - compact.mean()).abs().max() < 0.05 * compact.std()
+
+
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
@@ -223,6 +253,7 @@ def test_what_is_filled_again_has_no_zeros():
         ({"warmup": 0.7, "cooldown": 0.5}, "together they are at most all steps"),
         ({"score_learning_rate": 0.0}, "score_learning_rate=0.0"),
         ({"regularization": -1.0}, "regularization=-1.0"),
+        ({"mlp_regularization": -1.0}, "mlp_regularization=-1.0"),
         ({"variant": "hybrid-filled"}, "with finetune_epochs=0"),
         ({"distill": 1.5}, "distill=1.5 asked"),
         ({"distill_layers": -1.0}, "distill_layers=-1.0 asked"),

@@ -133,6 +133,15 @@ def test_a_run_with_all_gates_keeps_the_budget_and_loads_again(family: str, tmp_
     assert torch.equal(outputs(loaded, batches()[0]), outputs(model, batches()[0]))
 
 
+def test_the_only_layer_there_is_has_no_gate():
+    pruner = VIBPruner.from_pretrained(
+        tiny("albert"), VIBConfig(keep=0.6, distill=1.0, structures=ALL)
+    )  # all its layers share one block
+    pruner.prune(many(200), training_args={"max_steps": 3})
+    assert pruner.report.reached <= 0.6
+    assert {line.name: line.kept for line in pruner.report.groups}["layers"] == 1
+
+
 @pytest.mark.parametrize("structures", [("layers",), ("heads", "neurons", "layers")])
 @pytest.mark.parametrize("family", ["bert", "llama", "opt"])
 def test_a_model_that_lost_layers_loads_again(family: str, structures: tuple[str, ...], tmp_path):

@@ -113,8 +113,8 @@ class FisherPruner(Pruner[FisherConfig]):
         return "none" if self.config.labels == "model" else self.config.labels
 
     def nats(self, batches: Batches) -> float:
-        """Half of the squared gradients."""
-        return 0.5 / num_predictions(self.model, batches)
+        """Half of the squared gradients; those of means over n examples add up to n^2 times less."""
+        return 0.5 * (1 if self.config.per_example else self.config.batch_size**2) / num_predictions(self.model, batches)
 
     def measure(self, groups: list[Group], batches: Batches) -> Iterator[tuple[Group, Sensitivity]]:
         """Gradients of masks and of outputs, from one forward and one backward pass."""

@@ -53,7 +53,8 @@ class Tuning:
         self.groups, self.metric, self.published = groups, metric, metric is None
         self.student, self.teacher = BlockWalk(model, batches, journal), BlockWalk(model, batches)
         classifier = task_of(model) == "text-classification" and not is_causal(model)
-        self.first_token_only = groups[-1].name if self.published and classifier else None
+        last = [group.name for group in groups if group.structure == "neurons"][-1:]
+        self.first_token_only = last[0] if last and self.published and classifier else None
 
     @torch.no_grad()
     def run(self, plan: Plan, teacher: Plan) -> None:

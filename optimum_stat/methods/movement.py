@@ -41,6 +41,8 @@ class MovementConfig(TrainedConfig):
     regularization: float | None = None
     """The paper's lambda: push all scores down so hard, and keep what stays above 0.1; `keep` is then an upper bound. None: no
     push, and a threshold that moves so that `keep` is what is left."""
+    mlp_regularization: float = 1.0
+    """How many times as hard to push the scores of MLPs as those of attention (the paper's results: 0.25 to 2, mostly 1)."""
 
     def __post_init__(self) -> None:
         """Refuse values that no run could honour."""
@@ -60,6 +62,8 @@ class MovementConfig(TrainedConfig):
             raise ValueError(f"score_learning_rate={self.score_learning_rate} asked; it must be greater than 0.")
         if self.regularization is not None and self.regularization < 0:
             raise ValueError(f"regularization={self.regularization} asked; it must be at least 0.")
+        if self.mlp_regularization < 0:
+            raise ValueError(f"mlp_regularization={self.mlp_regularization} asked; it must be at least 0.")
         if self.variant == "hybrid-filled" and not self.finetune_epochs:
             raise ValueError("variant='hybrid-filled' asked with finetune_epochs=0: what is filled again has to be trained.")
 
@@ -67,8 +71,8 @@ class MovementConfig(TrainedConfig):
     def paper(cls, keep: float = 1.0, budget: str = "params", regularization: float = 10.0) -> MovementConfig:
         """The published recipe for question answering: hybrid-filled, 32 x 32, a fixed strength of the regulariser.
 
-        20 epochs and 10 more after filling; pass `training_args={"num_train_epochs": 20}`, or `--training-args
-        num_train_epochs=20`. Source: 2109.04838 and its code.
+        20 epochs and 10 more after filling, at a learning rate of 3e-5: pass `training_args={"num_train_epochs": 20,
+        "learning_rate": 3e-5}`, or `--training-args num_train_epochs=20 learning_rate=3e-5`. Source: 2109.04838 and its code.
         """
         return cls(
             keep,
@@ -94,7 +98,8 @@ class MovementPruner(TrainedPruner[MovementConfig]):
 
     Differences from the source: the size is asked for, not found by a sweep of lambda; one score for all that belongs to a unit
     (the source has four for a head); dead heads and neurons are closed off while the masks train, so that nothing changes when
-    they are sliced, and one of each stays in every block; biases of grouped heads and gated MLPs alike; any family.
+    they are sliced, and one of each stays in every block (the source keeps a share of every matrix, 0 in its runs); biases of
+    grouped heads and gated MLPs alike; any family; no shares of each matrix by themselves (its "topK") and no l0 penalty.
     """
 
     method: ClassVar[str] = "movement"
@@ -131,6 +136,7 @@ class MovementPruner(TrainedPruner[MovementConfig]):
             zeros=self.counts == "weights",
             regularization=config.regularization,
             learning_rate=config.score_learning_rate,
+            of_neurons=config.mlp_regularization,
         )
 
     def repair(self, groups: list[Group], plan: Plan, batches: Batches) -> None:

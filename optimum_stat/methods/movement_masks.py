@@ -54,8 +54,11 @@ class MovementMasks(Masks):
         zeros: bool,
         regularization: float | None,
         learning_rate: float,
+        of_neurons: float = 1.0,
     ):
         """blocks: structure -> size of its blocks, 0 for one score a unit. regularization: the final strength, or None.
+
+        of_neurons: how many times as strong it is for MLPs.
 
         zeros: the share that is kept is one of the weights, those that are not zero, instead of the units' cost.
         """
@@ -71,7 +74,7 @@ class MovementMasks(Masks):
                     self.values.append(nn.Parameter(torch.zeros(shape)))
                 self.places[layer] = len(self.values) - 1
         self._size, self._schedule, self._zeros = size, schedule, zeros
-        self._regularization, self._strength = regularization, 0.0
+        self._regularization, self._strength, self._of_neurons = regularization, 0.0, of_neurons
         self._masks: dict[Layer, Tensor] = {}
         self.step(0.0)
 
@@ -115,17 +118,17 @@ class MovementMasks(Masks):
         return [{"params": list(self.values), "lr": self._learning_rate}]
 
     def penalty(self) -> Tensor:
-        """`strength * 1/2 (mean over attention of sigmoid(score) + the same over MLPs)`, over all layers, of what may go.
+        """`strength * 1/2 (mean of sigmoid(score) over attention + of_neurons * that over MLPs)`, of what may go in all layers.
 
         Source: the code of the paper; the strength follows the threshold. 0 where the size is controlled.
         """
         if not self._strength:
             return self.values[0].new_zeros(())
         means = []
-        for structure in ("heads", "neurons"):
+        for structure, times in (("heads", 1.0), ("neurons", self._of_neurons)):
             places = {self.places[own] for own in self.places if own.group.structure == structure}
             if places:
-                means.append(torch.cat([self.values[place].sigmoid().flatten() for place in sorted(places)]).mean())
+                means.append(times * torch.cat([self.values[place].sigmoid().flatten() for place in sorted(places)]).mean())
         return self._strength * torch.stack(means).mean()
 
     def scores(self, group: Group) -> Tensor:
@@ -198,9 +201,9 @@ class MovementMasks(Masks):
 
     @torch.no_grad()
     def bake(self, fill: torch.Generator | None) -> None:
-        """Write the masks into the weights: zeros; or, with `fill`, `mean + std / 100 * N(0, 1)` of the matrix, to train on from.
+        """Write the masks into the weights: zeros; or, with `fill`, `mean + std / 100 * N(0, 1)`, to train on from.
 
-        Source of the fill: the released code, whose second phase starts from the compact model.
+        Mean and deviation are those of the compact matrix with its zeros. Source of the fill: the released code.
         """
         for layer, mask in self._masks.items():
             linear, w = layer.linear, weight(layer.linear)
@@ -208,7 +211,9 @@ class MovementMasks(Masks):
             instead = torch.zeros((), dtype=w.dtype, device=w.device)
             if fill is not None and layer.block_size:
                 noise = torch.randn(w.shape, generator=fill).to(w.device)
-                instead = (w.float().mean() + w.float().std() / 100 * noise).to(w.dtype)
+                alive = layer.by_unit(_flags(layer.group.units, self.plan[layer.group.name])).to(w.device)
+                compact = (w * mask)[alive.expand_as(w)].float()  # zeros and all, without what is sliced away
+                instead = (compact.mean() + compact.std() / 100 * noise).to(w.dtype)
             set_weight(linear, torch.where(mask, w, instead))
             if fill is None and not layer.is_consumer and isinstance(linear.bias, Tensor):
                 set_bias(linear, linear.bias * mask.any(1))

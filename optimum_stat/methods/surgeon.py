@@ -88,7 +88,8 @@ class SurgeonConfig(PruningConfig):
         """The published algorithm: costs of single lines or weights, one threshold, damping by the mean, 40 shots.
 
         `structure="units"` is its form for coupled heads and neurons, see `surgeon_published`. Source: 2312.17244 and its
-        authors' code of May 2024, whose scripts correlate 2,000 weights at a time, and damp G ten times as much for them.
+        authors' code of May 2024, whose scripts correlate 2,000 weights at a time, and damp G ten times as much for them (so
+        does this for single weights and groups of four).
         """
         run = 2000 if structure in ("elements", "2:4") else 0
         return cls(keep, budget, round_to=1, structure=structure, shots=shots, labels="data", max_correlate=run, published=True)

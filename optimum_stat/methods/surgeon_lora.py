@@ -1,8 +1,9 @@
 """First-order corrections between shots: low-rank adapters, trained on the calibration data and merged.
 
-Source: The LLM Surgeon (2312.17244), with rank 8 and Adam. Differences: every layer that can be pruned gets an
-adapter; A starts as PEFT starts it (the authors draw it from N(0, 1), with a lower learning rate); and the adapters are really
-trained: in the authors' code they are made but never attached to the model.
+Source: The LLM Surgeon (2312.17244), with rank 8 and Adam. Differences: every layer that can be pruned gets an adapter; all data
+is trained on after every shot (theirs: a fortieth of it, and all of it five times at the end); A starts as PEFT starts it (the
+authors draw it from N(0, 1), with a lower learning rate); and the adapters are really trained: in the authors' code they are made
+but never attached to the model.
 """
 
 from __future__ import annotations

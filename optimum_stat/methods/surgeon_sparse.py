@@ -1,9 +1,10 @@
 """Zeros instead of smaller layers: single weights, 2 of every 4 in a row, or whole rows and columns of each layer on its own.
 
-Every linear layer of the blocks takes part; its bias does not (the paper prunes one like a column) but is corrected. Masks are
-those of the full matrices, so that nothing dead or absent can shift the groups of four. The model keeps its shapes and is saved
-with its zeros; what is empty stays empty in later shots, because it costs nothing. Every layer loses the same share of single
-weights and of groups of four (published: what costs least over all layers goes, which was far worse, see CHANGELOG).
+Every linear layer of the blocks takes part; its bias is corrected and goes with a row, but is not counted (the paper can prune
+one like a column, or like a weight, and counts it). Masks are those of the full matrices, so that nothing dead can shift
+the groups of four. The model keeps its shapes and is saved with its zeros; what is empty stays empty in later shots, because it
+costs nothing. Every layer loses the same share of single weights and of groups of four (published: what costs least over all
+layers goes, which was far worse, see CHANGELOG).
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from transformers.utils.logging import tqdm
 from ..correction import set_bias
 from ..data import Batches
 from ..families import Group, find_groups, weight
-from ..linalg import add_to_gram, cholesky, damped, symmetrize
+from ..linalg import add_to_gram, cholesky, damped, square_part, symmetrize
 from ..report import GroupReport, Lines, TimedStage
 from ..slicing import set_weight
 from ..walk import BlockWalk
@@ -32,6 +33,8 @@ if TYPE_CHECKING:
     from .surgeon import SurgeonConfig
 
 Threshold = LineThreshold | ElementThreshold
+PUBLISHED_RATIO = {"lines": 1, "elements": 10, "2:4": 10}
+"""Of the damping of G to that of A, in the scripts of the paper's authors."""
 Load = Callable[[int], Mapping[nn.Module, Factors]]
 
 
@@ -122,13 +125,26 @@ def _inputs(walk: BlockWalk, block: int, linear: nn.Module) -> Tensor:
 
 
 def _costs(linear: nn.Module, factors: Factors, config: SurgeonConfig) -> tuple[Tensor, ...]:
-    """(costs of weights [out, in],) or, for lines, (those of rows [out], those of columns [in])."""
-    value, a = weight(linear).detach().double(), factors.inputs
-    g_inverse, a_inverse = _inverse(factors.gradients, config), _inverse(_own(linear, a), config)[: len(a) - 1, : len(a) - 1]
-    if config.structure == "lines":
-        costs = kfac.row_costs(value, a[:-1, :-1], g_inverse), kfac.column_costs(value, factors.gradients, a_inverse)
-        return tuple(cost.clamp_min(0) for cost in costs)
-    return (kfac.element_costs(value, g_inverse, a_inverse),)
+    """(costs of weights [out, in],) or, for lines, (those of rows [out], with their biases, those of columns [in]).
+
+    Rows and columns that are empty, or whose gradients or inputs are, cost nothing; nor can they make up for what others lose.
+    """
+    value, a, g = _with_bias(linear), _own(linear, factors.inputs), factors.gradients
+    width = weight(linear).shape[1]
+    rows = (value.any(1) & (g.diagonal() > 0)).nonzero().flatten()
+    columns = (value.any(0) & (a.diagonal() > 0))[:width].nonzero().flatten()
+    with_bias = torch.cat([columns, torch.arange(width, len(a), device=a.device)])
+    costs = [value.new_zeros(size) for size in ((len(value), width), len(value), width)]
+    if len(rows) and len(columns):
+        value, a, g = value[rows][:, with_bias], square_part(a, with_bias), square_part(g, rows)
+        g_inverse, a_inverse = _inverse(g, config, of_gradients=True), _inverse(a, config)[: len(columns), : len(columns)]
+        own = value[:, : len(columns)]
+        if config.structure == "lines":
+            costs[1][rows] = kfac.row_costs(value, a, g_inverse).clamp_min(0)
+            costs[2][columns] = kfac.column_costs(own, g, a_inverse).clamp_min(0)
+        else:
+            costs[0][rows[:, None], columns] = kfac.element_costs(own, g_inverse, a_inverse)
+    return tuple(costs[1:]) if config.structure == "lines" else (costs[0],)
 
 
 def _chosen(
@@ -144,17 +160,15 @@ def _chosen(
 
 def _corrected(linear: nn.Module, gone: Tensor, factors: Factors, config: SurgeonConfig) -> Tensor:
     """The weight, with its bias as last column if there is one, without the elements `gone` [out, in]."""
-    value, a, g = weight(linear).detach().double(), _own(linear, factors.inputs), factors.gradients
+    value, a, g = _with_bias(linear), _own(linear, factors.inputs), factors.gradients
     rows, columns = gone.all(1).nonzero().flatten(), gone.all(0).nonzero().flatten()
-    if isinstance(linear.bias, Tensor):
-        value = torch.cat([value, linear.bias.detach().double()[:, None]], dim=1)
-        gone = torch.cat([gone, gone.new_zeros(len(gone), 1)], dim=1)
+    gone = torch.cat([gone, gone.new_zeros(len(gone), value.shape[1] - gone.shape[1])], dim=1)
+    size = config.max_correlate
     if config.structure == "lines":
-        size = config.max_correlate
-        value = kfac.remove_rows(value, _inverse(g, config), rows, size)
+        value = kfac.remove_rows(value, _inverse(g, config, of_gradients=True), rows, size)
         return kfac.remove_columns(value, _inverse(a, config), columns, size)
-    if config.max_correlate:
-        return kfac.remove_elements_in_runs(value, _inverse(g, config), _inverse(a, config), gone, config.max_correlate)
+    if size:
+        return kfac.remove_elements_in_runs(value, _inverse(g, config, of_gradients=True), _inverse(a, config), gone, size)
     g, a = (damped(factor, config.ridge).float() for factor in (g, a))
     return kfac.remove_elements(value.float(), g, a, gone)
 
@@ -169,10 +183,16 @@ def _put(waiting: list[tuple[nn.Module, Tensor]]) -> None:
         set_weight(linear, value)
 
 
-def _inverse(factor: Tensor, config: SurgeonConfig) -> Tensor:
+def _inverse(factor: Tensor, config: SurgeonConfig, of_gradients: bool = False) -> Tensor:
     if config.published:
-        return kfac.damped_inverse(factor, config.ridge)
+        return kfac.damped_inverse(factor, config.ridge * (PUBLISHED_RATIO[config.structure] if of_gradients else 1))
     return torch.cholesky_inverse(cholesky(damped(factor, config.ridge)))
+
+
+def _with_bias(linear: nn.Module) -> Tensor:
+    """The weight, with its bias as last column if there is one; float64."""
+    value = weight(linear).detach().double()
+    return torch.cat([value, linear.bias.detach().double()[:, None]], dim=1) if isinstance(linear.bias, Tensor) else value
 
 
 def _own(linear: nn.Module, inputs: Tensor) -> Tensor:

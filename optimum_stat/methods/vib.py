@@ -31,7 +31,7 @@ class VIBConfig(TrainedConfig):
     data_share: float = 1.0
     """Share of the training examples to train on, drawn under the seed (Fast-VTrans: 0.03)."""
     kl_weight: float = 0.1
-    """Of the gates' divergence: its mean over units, 4.5 at first, summed over structures."""
+    """Of the gates' divergence: its mean over units, 2.0 at first (with the source's start 4.5), summed over structures."""
     warmup: float = 0.5
     """Share of the steps in which the size asked of the constraint falls from all to `keep` (the released code: 0.1)."""
     mask_learning_rate: float = 0.05
@@ -61,11 +61,14 @@ class VIBConfig(TrainedConfig):
 
     @classmethod
     def paper(cls, keep: float = 0.5, budget: str = "params") -> VIBConfig:
-        """The procedure of VTrans: weights and gates on all data, then what is left once more; no rounding of widths.
+        """The procedure of VTrans: weights and gates, also of layers and hidden dimensions, on all data; then what is left once
+        more; no rounding of widths.
 
         Its own weights of the terms were not published for encoders; these keep the proportions of the code for language models.
+        Gates start, and the constraint counts and pushes, as in all of ours: see the constants of `vib_gates`.
         """
-        return cls(keep, budget, round_to=1, finetune_epochs=1.0, kl_weight=0.3, warmup=0.1)
+        every = ("heads", "neurons", "layers", "hidden")
+        return cls(keep, budget, round_to=1, finetune_epochs=1.0, kl_weight=0.3, warmup=0.1, structures=every)
 
 
 @final
@@ -78,7 +81,8 @@ class VIBPruner(TrainedPruner[VIBConfig]):
 
     Differences from the source: gates on layers and on the residual stream only if `structures` asks for them; one threshold for
     all groups that meets the budget, instead of `variance < mean^2` near it; every structure weighs the same in the divergence
-    (there by constants for one model); in `masks_only`, no dropout.
+    (there by constants for one model); gates start with more noise, and the constraint is less steep and pushes from the
+    beginning, so that hundreds of steps are enough; whole layers instead of each half; in `masks_only`, no dropout.
     """
 
     method: ClassVar[str] = "vib"

@@ -96,9 +96,9 @@ class TrunkGates(nn.Module):
         return y if isinstance(output, Tensor) else (y, *output[1:])
 
     def divergences(self) -> dict[str, Tensor]:
-        """Of each gate, by structure."""
+        """Of each gate, by structure; the only layer there is has none."""
         found = {HIDDEN: divergence(self.means, self.log_variances)} if HIDDEN in self._structures else {}
-        if LAYERS in self._structures:
+        if LAYERS in self._structures and len(self._blocks) > 1:
             found[LAYERS] = divergence(torch.ones_like(self.log_noises), self.log_noises)[1:]
         return found
 
