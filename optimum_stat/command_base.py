@@ -6,12 +6,14 @@ import json
 import logging
 import math
 import os
+import re
 import sys
 from abc import abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext, redirect_stdout
+from datetime import timedelta
 from pathlib import Path
-from typing import Any, NoReturn, final
+from typing import Any, ClassVar, NoReturn, final
 
 from optimum.commands.base import BaseOptimumCLICommand
 
@@ -20,6 +22,7 @@ from . import command_options
 Result = tuple[str, dict[str, Any]]
 LOGGER = logging.getLogger("optimum_stat")
 MAIN = os.environ.get("RANK", "0") in ("", "0")  # of the processes that a launcher started
+LAUNCHED = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE")
 PLAIN = (ValueError, OSError, RuntimeError, ImportError)  # whose messages speak for themselves
 
 
@@ -32,6 +35,8 @@ class Command(BaseOptimumCLICommand):
 
     args: Any
     parser: Any
+    shared: ClassVar[bool] = False
+    """Whether the processes that a launcher started share the work; else the main one does it, and the others nothing."""
 
     @abstractmethod
     def work(self) -> Result:
@@ -40,8 +45,11 @@ class Command(BaseOptimumCLICommand):
     @final
     def run(self) -> None:
         """Exit codes: 0, 1 (it went wrong), 2 (wrong arguments), 130 (Ctrl-C)."""
+        if not (MAIN or self.shared):
+            return
+        together = _parted() if self.shared else _alone()
         try:
-            with redirect_stdout(sys.stderr), _messages(self.args.quiet or not MAIN, self.args.log_json), _parted():
+            with redirect_stdout(sys.stderr), _messages(self.args.quiet or not MAIN, self.args.log_json), together:
                 text, values = self.work()
         except KeyboardInterrupt:
             _fail(130, "interrupted")
@@ -49,11 +57,8 @@ class Command(BaseOptimumCLICommand):
             if self.args.debug:
                 raise
             _fail(2 if isinstance(error, WrongArguments) else 1, _line(error))
-        try:
-            if MAIN:
-                print(json.dumps(_finite(values), indent=2) if self.args.json else text, flush=True)
-        except BrokenPipeError:  # nobody reads on, such as `| head`; what Python still has for them goes nowhere
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        if MAIN:
+            _print(json.dumps(_finite(values), indent=2) if self.args.json else text)
 
 
 def check_model(model: str) -> None:
@@ -66,7 +71,7 @@ def check_model(model: str) -> None:
 
 def loading(args: Any) -> dict[str, Any]:
     """What goes to from_pretrained."""
-    names = ("dtype", "device_map", "offload_folder", "revision", "gguf_file", "trust_remote_code")
+    names = ("dtype", "device_map", "offload_folder", "revision", "subfolder", "gguf_file", "trust_remote_code")
     found = {name: getattr(args, name) for name in names if getattr(args, name)}
     try:
         max_memory = command_options.given_max_memory(args)
@@ -110,6 +115,16 @@ def _parted() -> Iterator[None]:
 
             if torch.distributed.is_initialized():
                 torch.distributed.destroy_process_group()
+
+
+@contextmanager
+def _alone() -> Iterator[None]:
+    """As if no launcher had started this process: the others do nothing, so they are not waited for."""
+    before = {name: os.environ.pop(name) for name in LAUNCHED if name in os.environ}
+    try:
+        yield
+    finally:
+        os.environ.update(before)
 
 
 @contextmanager
@@ -172,8 +187,44 @@ def _line(error: Exception) -> str:
 
 
 def _fail(code: int, line: str) -> NoReturn:
-    print(f"error: {line}" if code != 130 else line, file=sys.stderr)
+    if _is_first(line):
+        print(f"error: {line}" if code != 130 else line, file=sys.stderr)
     raise SystemExit(code)
+
+
+def _is_first(line: str) -> bool:
+    """Whether no other of the processes that a launcher started has said so: its store can tell, if it outlives them."""
+    if os.environ.get("WORLD_SIZE", "1") == "1" or os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        return True
+    import torch.distributed
+
+    from .processes import OF_MAIN
+
+    said = re.sub(r"^Process \d+ of", "Process of", line.removeprefix(OF_MAIN))
+    place, start = (os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])), os.environ.get("TORCHELASTIC_RESTART_COUNT")
+    try:
+        distributed: Any = torch.distributed
+        store = distributed.TCPStore(*place, timeout=timedelta(seconds=10))
+        return store.add(f"optimum-stat {start} {said}", 1) == 1
+    except RuntimeError:
+        return True
+
+
+def _print(text: str) -> None:
+    """The result, in the characters that standard output has."""
+    encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
+    try:
+        print(text.encode(encoding, "backslashreplace").decode(encoding), flush=True)
+    except BrokenPipeError:  # nobody reads on, such as `| head`
+        _silence(sys.stdout)
+    except OSError as error:
+        _silence(sys.stdout)
+        _fail(1, f"All is done, but the result cannot be printed: {error}")
+
+
+def _silence(stream: Any) -> None:
+    """What Python still has for it goes nowhere."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def _finite(value: Any) -> Any:

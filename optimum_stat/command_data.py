@@ -46,6 +46,14 @@ def load(name: str | None, config_name: str | None, split: str | None, *, stream
             found = datasets.load_dataset(source, kind, split=split, streaming=streaming, **file)
         except (datasets.exceptions.DatasetGenerationError, StopIteration) as error:  # the latter if a JSON file is empty
             raise ValueError(f"--dataset {name} cannot be read: {error.__cause__ or str(error) or 'it is empty'}") from error
+        except OSError as error:
+            place, wrong = Path(datasets.config.HF_DATASETS_CACHE), Path(error.filename or "")
+            if place not in (wrong, *wrong.parents) and wrong not in place.parents:
+                raise
+            raise OSError(
+                f"--dataset {name} cannot be read: `datasets` keeps a copy in {place}, and cannot write there ({error}). "
+                "HF_DATASETS_CACHE names another place."
+            ) from error
     found.info.dataset_name = path.name if path.exists() else name  # without the folder: it ends in the model card
     return found
 

@@ -198,6 +198,7 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     add_placing_options(group)
     group.add_argument("--offload-folder", metavar="FOLDER", help="for weights that are left on the disk; as in transformers")
     group.add_argument("--revision", help="branch, tag or commit of the model's repo")
+    group.add_argument("--subfolder", metavar="NAME", help="load what is in this folder of the model's folder or repo")
     group.add_argument("--gguf-file", metavar="NAME", help="load this file of the model's folder or repo")
     group.add_argument("--trust-remote-code", action="store_true", help="run the Python code that the repos of models hold")
 

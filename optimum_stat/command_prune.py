@@ -17,6 +17,8 @@ from .command_resume import Unfinished
 class PruneCommand(Command):
     """`prune`."""
 
+    shared = True
+
     @staticmethod
     def parse_args(parser: Any) -> None:
         """Declare the options."""

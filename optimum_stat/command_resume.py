@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from . import folders
+from . import folders, locks
 from .command_base import LOGGER, MAIN
 
 
@@ -30,18 +30,24 @@ class Unfinished:
 
         Raises:
             FileExistsError: something is there, and the user does not want to go on with it.
+            InUse: another run is at work in it.
         """
-        found = cls(output, resume, resume and (output / folders.RECIPE).is_file() and _folder(output).exists())
+        moving = folders.moving(output) if resume else []
+        found = cls(output, resume, bool(moving) or (resume and (output / folders.RECIPE).is_file() and _folder(output).exists()))
         if found.folder.exists() and not _is_ours(found.folder):
             raise FileExistsError(
                 f"{found.folder} is in the way: what is finished would be kept there, and it holds something else. Nothing was "
                 "done; choose another OUTPUT, or move it."
             )
+        for own in found.folder.iterdir() if found.folder.exists() else ():
+            locks.refuse_in_use(own)
         if not resume and found.folder.exists():
             raise FileExistsError(
                 f"{found.folder} holds what a run that was stopped has finished; nothing was done. The same command with "
                 "--resume goes on from there; delete the folder to begin anew."
             )
+        for whole in moving if MAIN else ():
+            folders.finish_moving(whole)
         return found
 
     @property
@@ -65,6 +71,8 @@ class Unfinished:
         """Afterwards the folder is gone; not if the run was stopped by something that the same command need not meet again."""
         try:
             yield
+        except locks.InUse:
+            raise
         except (ValueError, TypeError, ImportError):
             if not self.resume:
                 self._remove()

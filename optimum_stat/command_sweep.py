@@ -15,6 +15,8 @@ from .command_prune import check_output, method_and_config, pruner_and_data
 class SweepCommand(Command):
     """`sweep`."""
 
+    shared = True
+
     @staticmethod
     def parse_args(parser: Any) -> None:
         """Declare the options."""

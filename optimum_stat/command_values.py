@@ -8,6 +8,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+LONGEST = 230  # bytes in a folder's name: file systems take 255, and while it is written something stands around it
+
 
 def names(text: str) -> tuple[str, ...]:
     """What stands between commas."""
@@ -38,7 +40,14 @@ def real(text: str) -> float | None:
 def place(text: str) -> Path:
     """A folder to write; one of which parts lead back up exists only once they do."""
     path = Path(text)
-    return path.resolve() if ".." in path.parts else path
+    path = path.resolve() if ".." in path.parts else path
+    try:
+        name = str(path.absolute()).encode().rpartition(b"/")[2]
+    except UnicodeEncodeError:  # what writes weights takes no other names
+        raise argparse.ArgumentTypeError(f"{text!r} asked, which is no name in UTF-8.") from None
+    if len(name) > LONGEST:
+        raise argparse.ArgumentTypeError(f"{text!r} asked; a name can have {LONGEST} bytes, this one has {len(name)}.")
+    return path
 
 
 def file(text: str) -> Path:

@@ -54,8 +54,9 @@ class EvaluateCommand(Command):
         args = self.args
         check_model(args.model)
         command_data.check(args.dataset)
-        if args.save and not (Path(args.model) / folders.RECIPE).is_file():
-            raise WrongArguments(f"--save asked, but {args.model} is no folder with a {folders.RECIPE} to write into.")
+        own = Path(args.model, args.subfolder or "")
+        if args.save and not (own / folders.RECIPE).is_file():
+            raise WrongArguments(f"--save asked, but {own} is no folder with a {folders.RECIPE} to write into.")
         from . import comparison, evaluation, recipe_update
 
         try:
@@ -66,11 +67,11 @@ class EvaluateCommand(Command):
             command_data.dataset(args, for_evaluation=True), config, command_data.text_columns(args), args.label_column
         )
         kwargs = loading(args)
-        dense = None if args.no_dense else args.dense or comparison.base_model(args.model, args.revision)
+        dense = None if args.no_dense else args.dense or comparison.base_model(args.model, args.revision, args.subfolder)
         how = {"must": bool(args.dense), "task": args.task, "device": device(args), "speed": args.speed or ()}
         found = comparison.compare(args.model, dense, data, **how, **kwargs)
         if args.save:
-            recipe_update.enter(Path(args.model), found.metrics, speed=[each.to_dict() for each in found.speed])
+            recipe_update.enter(own, found.metrics, speed=[each.to_dict() for each in found.speed])
         return str(found), found.to_dict()
 
 
@@ -155,6 +156,7 @@ class InspectCommand(Command):
             "--dry-run", action="store_true", help="the groups, what a unit of each costs, and how small the model can get"
         )
         parser.add_argument("--revision", help="branch, tag or commit of the model's repo")
+        parser.add_argument("--trust-remote-code", action="store_true", help="run the Python code that the model's repo holds")
         command_options.add_output_options(parser)
 
     def work(self) -> Result:
@@ -163,7 +165,7 @@ class InspectCommand(Command):
         from . import dry_run, inspection
 
         look = dry_run.dry_run if self.args.dry_run else inspection.sizes
-        found: Any = look(self.args.model, self.args.revision)
+        found: Any = look(self.args.model, self.args.revision, trust_remote_code=self.args.trust_remote_code)
         return str(found), found.to_dict()
 
 

@@ -15,20 +15,27 @@ from typing import Any
 from huggingface_hub import hf_hub_download, try_to_load_from_cache
 from huggingface_hub.errors import HFValidationError, RemoteEntryNotFoundError, RepositoryNotFoundError, RevisionNotFoundError
 from torch import Tensor
+from transformers import AutoConfig
 from transformers.utils.logging import tqdm
 
 from . import checkpoint, folders
 from .blocks import reads_tokens_alone
 from .budget import in_words
-from .evaluation import Data, Measured, measure
+from .evaluation import Data, Measured, measure, needs_another
 from .families import task_of
+from .hub import impatient
 from .rows import name_of
 from .scores import cosine
-from .sources import Source
+from .sources import Source, located
 from .speed import Speed, side_by_side
 
 logger = logging.getLogger(__name__)
 _NO_DENSE = "The speed of {} beside its dense model asked, and there is none. Name it with --dense."
+
+_NOTHING = (
+    "{} has no head: what is measured is how close its embeddings are to those of its dense model, and there is "
+    "none to compare with. Name it with --dense, or give pairs of texts with a score (--label-column)."
+)
 
 
 @dataclass(frozen=True)
@@ -142,9 +149,13 @@ def compare(
 
     `kwargs` go to from_pretrained. If `dense` cannot be loaded and need not be (`must`), it is left out with a warning.
     """
+    lost = _out_of_reach(dense, kwargs) if dense is not None and not must else None
+    if lost is not None:
+        _leave_out(dense, lost)
+        dense = None
     if speed and dense is None:
         raise ValueError(_NO_DENSE.format(model))
-    pruned, task = _side(model, data, task, device, **kwargs)
+    pruned, task = _side(model, data, task, device, alone=dense is None, **kwargs)
     beside = None
     if dense is not None:
         try:
@@ -152,13 +163,9 @@ def compare(
         except (OSError, ValueError) as error:
             if must:
                 raise
-            reason = " ".join(str(error).split())
-            logger.warning("the dense model %s cannot be loaded, so it is not measured: %s", dense, reason)
+            _leave_out(dense, error)
     if not pruned.measured.metrics and beside is None:
-        raise ValueError(
-            f"{model} has no head: what is measured is how close its embeddings are to those of its dense model, and there is "
-            "none to compare with. Name it with --dense, or give pairs of texts with a score (--label-column)."
-        )
+        raise ValueError(_NOTHING.format(model))
     found = Comparison(pruned, beside, name_of(data.dataset) or "data without a name")
     if not speed:
         return found
@@ -166,7 +173,8 @@ def compare(
         raise ValueError(_NO_DENSE.format(model))
     seq_len = pruned.measured.num_tokens
     with suppress(OSError, ValueError):  # which `base_model` has told
-        seq_len = (_recipe(model, kwargs.get("revision")).get("report") or {}).get("seq_len") or seq_len
+        recipe = _recipe(model, kwargs.get("revision"), kwargs.get("subfolder"))
+        seq_len = (recipe.get("report") or {}).get("seq_len") or seq_len
     try:
         example = pruned.measured.example
         return replace(found, speed=tuple(speeds(model, dense, speed, seq_len, task, device, example, **kwargs)))
@@ -175,10 +183,28 @@ def compare(
         return found
 
 
-def base_model(model: str, revision: str | None) -> Source | None:
+def _out_of_reach(dense: str, kwargs: dict[str, Any]) -> Exception | None:
+    """Why not even the config of a model can be read, which is found out at once; None: it can be, or takes reading it all."""
+    try:
+        place, gguf = located(dense)
+        if not gguf:
+            own = _of_dense(dense, kwargs)
+            with impatient(place):
+                AutoConfig.from_pretrained(place, **{name: own[name] for name in checkpoint.CONFIG_ARGUMENTS if name in own})
+    except (OSError, ValueError) as error:
+        return error
+    return None
+
+
+def _leave_out(dense: str | None, error: Exception) -> None:
+    reason = " ".join(str(error).split())
+    logger.warning("the dense model %s cannot be loaded, so it is not measured: %s", dense, reason)
+
+
+def base_model(model: str, revision: str | None, subfolder: str | None = None) -> Source | None:
     """What the recipe of a pruned model says it was made from, unless that is a folder of which it has no more than the name."""
     try:
-        recipe = _recipe(model, revision)
+        recipe = _recipe(model, revision, subfolder)
     except (OSError, ValueError) as error:
         reason = " ".join(str(error).split())
         told = "%s of %s cannot be read, so what to measure beside it is not known: name it with --dense. (%s)"
@@ -193,7 +219,7 @@ def base_model(model: str, revision: str | None) -> Source | None:
     return Source(str(source), recipe.get("base_revision"), recipe.get("base_subfolder") or "")
 
 
-def _recipe(model: str, revision: str | None) -> dict[str, Any]:
+def _recipe(model: str, revision: str | None, subfolder: str | None = None) -> dict[str, Any]:
     """Empty if the model was not pruned by us, or not as a whole.
 
     Raises:
@@ -201,18 +227,21 @@ def _recipe(model: str, revision: str | None) -> dict[str, Any]:
         ValueError: it is damaged.
     """
     if Path(model).exists():
-        path = Path(model) / folders.RECIPE
+        path = Path(model, subfolder or "", folders.RECIPE)
         found = json.loads(path.read_text()) if path.is_file() else {}
     else:
         try:
-            found = json.loads(Path(hf_hub_download(model, folders.RECIPE, revision=revision)).read_text())
+            path = Path(hf_hub_download(model, folders.RECIPE, subfolder=subfolder, revision=revision))
+            found = json.loads(path.read_text())
         except (RemoteEntryNotFoundError, RepositoryNotFoundError, RevisionNotFoundError, HFValidationError):
             return {}
     return found if isinstance(found, dict) else {}
 
 
-def _side(path: str, data: Data, task: str | None, device: Any, **kwargs: Any) -> tuple[Side, str]:
+def _side(path: str, data: Data, task: str | None, device: Any, alone: bool = False, **kwargs: Any) -> tuple[Side, str]:
     model, tokenizer, _ = checkpoint.load(path, task=task, **kwargs)
+    if alone and needs_another(model, data):
+        raise ValueError(_NOTHING.format(path))
     if device is not None:
         model.to(device)
     found = Side(path, measure(model, tokenizer, data), _size_on_disk(path, kwargs)), task_of(model)

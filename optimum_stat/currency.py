@@ -50,14 +50,17 @@ class Currency:
 
     @classmethod
     def of(cls, model: Any, config: PruningConfig, batches: Batches, dense: Cost, stage: TimedStage) -> Currency:
-        """Of a dense model; measures its latency if the budget is one. Several processes count with the main one's times."""
+        """Of a dense model; measures its latency if the budget is one. Of several processes the main one measures alone."""
         seq_len, table = batches.seq_len, None
         length = config.serve_seq_len or largest(batches.seq_len)  # several are refused below
         if config.budget == "latency":
             with quiet(model), stage("latency"):
                 setting = Setting.of(model, config.serve_phase, config.serve_batch_size, length, config.serve_compiled)
-                own = latency_table(model, config.round_to, setting, config.latency_table)
-                table = LatencyTable.from_dict(batches.processes.tell(own.to_dict()))
+                table = LatencyTable.from_dict(
+                    batches.processes.as_main(
+                        lambda: latency_table(model, config.round_to, setting, config.latency_table).to_dict()
+                    )
+                )
         residents = Residents.of(model, config.serve_batch_size, length) if config.budget == "memory" else None
         given = config.latency_table is not None
         return cls(model, config.budget, config.round_to, config.structures, seq_len, dense, table, given, residents)
@@ -142,7 +145,8 @@ class Currency:
         """With a table that knows how long a model with these units takes; None if it was right, or asked for by name."""
         if self.table is None or self.table_is_given:
             return None
-        whole = processes.tell(time_with(self.model, self.table, kept))
+        table = self.table
+        whole = processes.as_main(lambda: time_with(self.model, table, kept))
         return None if whole is None else replace(self, table=replace(self.table, whole=whole))
 
     def choices(self, groups: Sequence[Group]) -> tuple[dict[str, list[int]], dict[str, list[int]]]:

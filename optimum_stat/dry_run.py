@@ -87,14 +87,21 @@ class DryRun:
         return "\n".join(lines)
 
 
-def dry_run(model: str, revision: str | None = None, round_to: int = PruningConfig().round_to, seq_len: int = SEQ_LEN) -> DryRun:
+def dry_run(
+    model: str,
+    revision: str | None = None,
+    round_to: int = PruningConfig().round_to,
+    seq_len: int = SEQ_LEN,
+    *,
+    trust_remote_code: bool = False,
+) -> DryRun:
     """Build the model without weights and look for its groups. `model`: a Hub id or a folder; only config.json is read.
 
     Raises:
         ValueError: it cannot be pruned; says what was found and what was not.
     """
-    config = config_of(model, revision)
-    built = from_config_alone(config)
+    config = config_of(model, revision, trust_remote_code=trust_remote_code)
+    built = from_config_alone(config, trust_remote_code=trust_remote_code)
     length = lengths_of(built, seq_len)
     found, whole = find_groups(built), dict[str, str]()
     divided: dict[str, list[Group]] = {}

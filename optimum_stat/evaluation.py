@@ -69,9 +69,7 @@ def measure(model: PreTrainedModel, tokenizer: Any, data: Data) -> Measured:
     Raises:
         ValueError: there is no tokenizer, or the data lacks columns or labels.
     """
-    task = task_of(model)
-    reads_text = task in _OF_TEXT and modalities(model) == ("text",)
-    of_text = reads_text and (task != "feature-extraction" or not is_encoder_decoder(model))
+    task, of_text = task_of(model), _is_of_text(model)
     if of_text and tokenizer is None:
         raise ValueError("There is no tokenizer beside the model; the text cannot be read without it.")
     if data.label_column and data.columns:
@@ -89,6 +87,17 @@ def measure(model: PreTrainedModel, tokenizer: Any, data: Data) -> Measured:
         length = example["input_ids"].shape[1] if of_text else _lengths(model, inputs)
     parameters = sum(parameter.numel() for parameter in model.parameters())
     return Measured(task, metrics, parameters, _macs(model, length), seconds, length, embeddings, example)
+
+
+def needs_another(model: PreTrainedModel, data: Data) -> bool:
+    """Whether all that `measure` has of this model on `data` are embeddings, to be compared with those of another."""
+    return task_of(model) == "feature-extraction" and not (_is_of_text(model) and evaluation_text.scored(data))
+
+
+def _is_of_text(model: PreTrainedModel) -> bool:
+    task = task_of(model)
+    reads_text = task in _OF_TEXT and modalities(model) == ("text",)
+    return reads_text and (task != "feature-extraction" or not is_encoder_decoder(model))
 
 
 def _lengths(model: PreTrainedModel, inputs: dict[str, Tensor]) -> Lengths:

@@ -51,9 +51,7 @@ def classification(model: Any, tokenizer: Any, data: Data) -> Any:
 
 def embedding(model: Any, tokenizer: Any, data: Data) -> Any:
     """With pairs of texts and a score for each (STS): the correlation of their cosine with it. Else embeddings only."""
-    columns = Rows(data.dataset, data.text_columns, 1).columns
-    labelled = {*filter(None, (data.label_column, *LABEL_COLUMNS))} & {*data.columns}
-    if len(columns) < 2 or not labelled:
+    if not scored(data):
         batches = _batches(model, tokenizer, data, causal=False)
         return {}, mean_pooled(model, batches.items), first_example(batches.items[0])
     texts, scores, _ = _labelled(data)
@@ -61,6 +59,12 @@ def embedding(model: Any, tokenizer: Any, data: Data) -> Any:
     embeddings = mean_pooled(model, both)
     cosines = torch.nn.functional.cosine_similarity(embeddings[::2], embeddings[1::2])
     return correlations(cosines.tolist(), numbers(scores, label_column(data))), embeddings, first_example(both[0])
+
+
+def scored(data: Data) -> bool:
+    """Whether there are pairs of texts, and something like a score."""
+    columns = Rows(data.dataset, data.text_columns, 1).columns
+    return len(columns) > 1 and bool({*filter(None, (data.label_column, *LABEL_COLUMNS))} & {*data.columns})
 
 
 def question_answering(model: Any, tokenizer: Any, data: Data) -> Any:

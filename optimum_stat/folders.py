@@ -15,6 +15,7 @@ from safetensors import SafetensorError
 
 RECIPE = "stat_recipe.json"
 HALF = "half-written"
+WHOLE = "whole"  # the same folder once all is in it, while its parts are moved
 
 
 def target(folder: Path) -> Path:
@@ -55,8 +56,25 @@ def is_writable(folder: Path) -> bool:
 def half_written(folder: Path) -> list[Path]:
     """What killed processes left of `folder`, by the names that `written_as_a_whole` gives."""
     folder = target(folder)
-    pattern = f".{glob.escape(folder.name)}-????????.{HALF}"
-    return [path for place in (folder.parent, folder) for path in place.glob(pattern)]
+    return [path for place in (folder.parent, folder) for path in place.glob(_temporary(folder, HALF))]
+
+
+def moving(folder: Path) -> list[Path]:
+    """What a killed process had written as a whole and not yet moved to `folder`; none or one."""
+    folder = target(folder)
+    return list(folder.glob(_temporary(folder, WHOLE)))
+
+
+def finish_moving(whole: Path, moved: list[Path] | None = None) -> None:
+    """Move what is left of it to the folder that it lies in. The recipe comes last, as it says that all is there."""
+    done = [] if moved is None else moved
+    for part in sorted(whole.iterdir(), key=lambda part: part.name == RECIPE):
+        done.append(part.rename(whole.parent / part.name))
+    whole.rmdir()
+
+
+def _temporary(folder: Path, kind: str) -> str:
+    return f".{glob.escape(folder.name)}-????????.{kind}"
 
 
 @contextmanager
@@ -73,9 +91,8 @@ def written_as_a_whole(folder: Path) -> Iterator[Path]:
         half.mkdir(parents=True)
         yield half
         if inside:
-            for part in sorted(half.iterdir(), key=lambda part: part.name == RECIPE):  # last, as it says that all is there
-                moved.append(part.rename(folder / part.name))
-            half.rmdir()
+            half = half.rename(half.with_suffix(f".{WHOLE}"))
+            finish_moving(half, moved)
         else:
             half.rename(folder)
     except BaseException as error:

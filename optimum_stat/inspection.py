@@ -17,6 +17,7 @@ from .calls import stack_tokens
 from .families import find_groups
 from .hub import impatient
 from .probes import quiet
+from .remote_code import auto_class
 from .routers import find_mixtures
 from .sources import located
 from .structure import EXPERTS_LEFT, HIDDEN, KEY, PAIRS, VALUES, describe
@@ -86,9 +87,9 @@ class Sizes:
         return f"{self.pruned[name][index]:,} of {self.dense[name][index]:,}"
 
 
-def sizes(model: str, revision: str | None = None) -> Sizes:
+def sizes(model: str, revision: str | None = None, *, trust_remote_code: bool = False) -> Sizes:
     """The record of a pruned model, beside the sizes it had. Builds both on the meta device; reads no weights."""
-    config = config_of(model, revision)
+    config = config_of(model, revision, trust_remote_code=trust_remote_code)
     if getattr(config, KEY, None) is None:
         raise ValueError(
             f"config.json of {model} has no {KEY}: it was not pruned by optimum-stat. --dry-run shows what could be."
@@ -98,7 +99,7 @@ def sizes(model: str, revision: str | None = None) -> Sizes:
         setattr(part, KEY, None)
     if before.is_heterogeneous:
         setattr(before, PER_LAYER, None)
-    pruned, dense = from_config_alone(config), from_config_alone(before)
+    pruned, dense = (from_config_alone(each, trust_remote_code=trust_remote_code) for each in (config, before))
     params = tuple(model_cost(each, "params", 1) for each in (pruned, dense))
     groups, mixtures = find_groups(pruned), find_mixtures(pruned)
     names = [tuple(group.name for group in groups if group.structure == structure) for structure in ("heads", "neurons")]
@@ -106,17 +107,21 @@ def sizes(model: str, revision: str | None = None) -> Sizes:
     return Sizes(model, describe(pruned), describe(dense), (params[0], params[1]), names[0], names[1], experts)
 
 
-def config_of(model: str, revision: str | None) -> Any:
+def config_of(model: str, revision: str | None, *, trust_remote_code: bool = False) -> Any:
     """Of a Hub id, a folder or a GGUF file."""
     place, gguf = located(model)
     with impatient(place):
-        return AutoConfig.from_pretrained(place, revision=revision, **gguf)
+        return AutoConfig.from_pretrained(place, revision=revision, trust_remote_code=trust_remote_code, **gguf)
 
 
-def from_config_alone(config: Any) -> Any:
-    """The model that `config` describes, without a head, or with that of its class where no Auto class knows its base."""
+def from_config_alone(config: Any, *, trust_remote_code: bool = False) -> Any:
+    """The model that `config` describes, without a head, or with that of its class where no Auto class knows its base, or of the
+    repo's own code where that may run."""
     own = getattr(transformers, (getattr(config, "architectures", None) or [""])[0], None)
+    of_repo = auto_class(config) if trust_remote_code else None
     with torch.device("meta"):
+        if of_repo is not None:
+            return getattr(transformers, of_repo).from_config(config, trust_remote_code=True)
         return AutoModel.from_config(config) if own is None or type(config) in MODEL_MAPPING else own(config)
 
 

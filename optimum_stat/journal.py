@@ -20,6 +20,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from .locks import Lock, take
 from .processes import Processes
 
 FORMAT = 4
@@ -40,12 +41,14 @@ class Journal:
     """Goes in front of every key."""
     _entries: dict[str, dict[str, Any]] = field(default_factory=dict)
     _obsolete: list[str] = field(default_factory=list)
+    _lock: Lock | None = None
 
     @classmethod
     def open(cls, folder: str | Path, run: Mapping[str, Any], processes: Processes) -> Journal:
         """The journal of this run in `folder`, which may be new. Every process has one of its own in it.
 
         Raises:
+            InUse: another process is at work in it.
             ValueError: it is the journal of another run; says what differs.
         """
         counts = {int(path.name.rpartition("-")[2]) for path in Path(folder).glob("*-of-*") if PROCESS.fullmatch(path.name)}
@@ -59,6 +62,7 @@ class Journal:
             own.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise _no_room(own, error) from error
+        lock = take(own)
         found = _read(own / INDEX)
         before = (found or {}).get("run", run)
         differs = sorted(name for name in before.keys() | run.keys() if before.get(name) != run.get(name))
@@ -68,7 +72,7 @@ class Journal:
                 f"{folder} holds what another run has done: its {name} was {before.get(name)!r}, now {run.get(name)!r} is asked. "
                 "Ask for the same again, or delete the folder."
             )
-        journal = cls(own, dict(run))
+        journal = cls(own, dict(run), _lock=lock)
         journal._take((found or {}).get("entries", {}), processes)
         return journal
 

@@ -67,7 +67,8 @@ def _correct_head(wide: Any, model: Any, keep: Tensor, batches: Batches) -> None
     device, norm = weight(stream.reader).device, None
     gram = torch.zeros(len(keep), len(keep), dtype=torch.float64, device=device)
     cross = torch.zeros(len(keep), before.width, dtype=torch.float64, device=device)
-    for index in tqdm(batches.processes.share(batches.items), desc="Correcting the head", unit="batch"):
+    hidden = None if batches.processes.is_main else True
+    for index in tqdm(batches.processes.share(batches.items), desc="Correcting the head", unit="batch", disable=hidden):
         inputs = {name: value.to(device_of(model)) for name, value in batches.items[index].items()}
         x, _ = _read(wide, before.reader, before, inputs)
         z, norm = _read(model, stream.reader, stream, inputs)

@@ -10,6 +10,7 @@ import builtins
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
@@ -18,6 +19,8 @@ from accelerate import PartialState
 from torch import Tensor
 
 T = TypeVar("T")
+OF_MAIN = "The main process failed: "
+PATIENCE = timedelta(days=30)  # with what one process does alone, in place of the minutes of a sum; one that dies is noticed
 
 
 @dataclass(frozen=True)
@@ -72,13 +75,13 @@ class Processes:
         for each, part in zip(sums, torch.split(total, [each.numel() for each in sums]), strict=True):
             each.copy_(part.view(each.shape))
 
-    def tell(self, value: T) -> T:
-        """What the main process has for `value`; plain values only."""
+    def tell(self, value: T, group: Any = None) -> T:
+        """What the main process has for `value`; plain values only. group: through which it is told."""
         if self.count == 1:
             return value
         box: list[Any] = [value]
         try:
-            torch.distributed.broadcast_object_list(box, src=0)
+            torch.distributed.broadcast_object_list(box, src=0, group=group)
         except RuntimeError as error:
             raise self._lost(error) from error
         return box[0]
@@ -87,18 +90,30 @@ class Processes:
         """What `work`, which the main process alone does, gives; plain values only. If it fails there, it fails in all."""
         value: Any = None
         failed: Exception | None = None
+        patient = self._patient()
         if self.is_main:
             try:
                 value = work()
             except Exception as error:
                 failed = error
         kind = next((each.__name__ for each in type(failed).__mro__ if each.__module__ == "builtins"), "")
-        value, kind, message = self.tell((value, "" if failed is None else kind, str(failed)))
+        try:
+            value, kind, message = self.tell((value, "" if failed is None else kind, str(failed)), patient)
+        finally:
+            if patient is not None:
+                torch.distributed.destroy_process_group(patient)
         if failed is not None:
             raise failed
         if kind:
-            raise getattr(builtins, kind)(f"The main process failed: {message}")
+            raise getattr(builtins, kind)(f"{OF_MAIN}{message}")
         return value
+
+    def _patient(self) -> Any:
+        """A group of all processes in which they wait for each other as long as it takes."""
+        if self.count == 1:
+            return None
+        self.wait()  # or who is gone is waited for, too
+        return torch.distributed.new_group(timeout=PATIENCE, backend="gloo")
 
     def everybodys(self, value: int) -> list[int]:
         """What each process has for `value`."""
@@ -121,3 +136,8 @@ class Processes:
 
 
 ALONE = Processes()
+
+
+def is_main() -> bool:
+    """Whether this process is the main one of those that are connected, or alone."""
+    return not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0

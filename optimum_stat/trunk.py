@@ -28,6 +28,7 @@ from .mixtures import EXPERTS, rank_experts, refuse_without
 from .narrowing import narrow_and_correct
 from .parts import HIDDEN as HIDDEN
 from .probes import real_rows
+from .processes import is_main
 from .report import GroupReport, Lines
 from .routers import Mixture, fewest, find_mixtures, keep_experts, split
 from .slicing import Plan
@@ -156,7 +157,8 @@ def choose(
     at = {name: len(ranking.order[name]) for name in structures}
     best, least = at, _error(allocate, at, groups, ranking, keep, currency) if structures else 0.0
     for axis in (*structures, *structures[:-1]):
-        for size in tqdm(_sizes(axis, ranking, currency), desc=f"Trying {axis}", unit="size", leave=False):
+        sizes = _sizes(axis, ranking, currency)
+        for size in tqdm(sizes, desc=f"Trying {axis}", unit="size", leave=False, disable=None if is_main() else True):
             tried = {**at, axis: size}
             if sum(float(ranking.error[name][count]) for name, count in tried.items()) >= least:
                 break

@@ -257,6 +257,7 @@ def test_the_recipe_comes_last_into_a_folder_that_is_there(pruner: STATPruner, t
     moved, plain = [], Path.rename
     monkeypatch.setattr(Path, "rename", lambda self, to: moved.append(Path(to).name) or plain(self, to))
     pruner.save_pretrained(tmp_path)
+    assert moved.pop(0).endswith(".whole"), "what is to be moved is complete"
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted(moved)
     assert moved[-1] == "stat_recipe.json"
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 import json
 import os
 import re
@@ -12,6 +13,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -561,6 +563,161 @@ def test_a_reader_that_leaves_is_no_mistake(pruned: dict[str, str]) -> None:
     command = f"{shlex.quote(str(BIN))}/optimum-stat inspect {shlex.quote(pruned['llama'])} | true"
     found = subprocess.run(["sh", "-c", command], capture_output=True, text=True, check=False)
     assert "BrokenPipe" not in found.stderr
+
+
+def test_a_result_that_cannot_be_printed_is_told(pruned: dict[str, str]) -> None:
+    with Path("/dev/full").open("w") as full:
+        found = subprocess.run(
+            [BIN / "optimum-stat", "inspect", pruned["llama"], "--quiet"],
+            stdout=full,
+            stderr=subprocess.PIPE,
+            text=True,
+            check=False,
+        )
+    assert found.returncode == 1
+    assert found.stderr == "error: All is done, but the result cannot be printed: [Errno 28] No space left on device\n"
+
+
+def test_what_a_terminal_cannot_show_is_escaped(folders: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "größe").symlink_to(folders["llama"])
+    shown = io.TextIOWrapper(io.BytesIO(), "ascii")
+    monkeypatch.setattr(sys, "stdout", shown)
+    main(["inspect", "--dry-run", str(tmp_path / "größe")])
+    assert b"gr\\xf6\\xdfe (llama): blocks of" in shown.buffer.getvalue()  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize(("name", "why"), [("a" * 231, "a name can have 230 bytes"), ("gr\udcf6sse", "no name in UTF-8")])
+def test_names_that_cannot_be_written_are_refused(
+    name: str, why: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as caught:
+        main(["prune", str(tmp_path / name), "-m", "none"])
+    assert caught.value.code == 2
+    assert why in capsys.readouterr().err
+
+
+def test_the_longest_name(folders: dict[str, str], tmp_path: Path) -> None:
+    (tmp_path / ("a" * 230)).mkdir()
+    for name in ("a" * 230, "b" * 230):
+        main(["prune", str(tmp_path / name), "-m", folders["encoder"], "--quiet", "--max-examples", "20"])
+        assert (tmp_path / name / "model.safetensors").exists()
+
+
+def test_a_place_where_datasets_cannot_write_is_named(
+    folders: dict[str, str],
+    data: dict[str, str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "file" / "cache")
+    line = fails(capsys, 1, "prune", str(tmp_path / "out"), "-m", folders["llama"], "-d", data["data.txt"])
+    assert f"`datasets` keeps a copy in {tmp_path / 'file' / 'cache'}, and cannot write there" in line
+
+
+def test_without_a_head_and_a_dense_model_nothing_is_measured(
+    folders: dict[str, str],
+    data: dict[str, str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Also where a dense model is named and gone; and speed beside one that is gone."""
+    base, out = shutil.copytree(folders["encoder"], tmp_path / "base"), str(tmp_path / "out")
+    main(["prune", out, "-m", str(base), "--quiet", "--max-examples", "20"])
+    shutil.rmtree(base)
+    capsys.readouterr()
+    monkeypatch.setattr("optimum_stat.comparison.measure", lambda *_: pytest.fail("it was measured"))
+    for more in (["--no-dense"], []):
+        line = fails(capsys, 1, "evaluate", out, "-d", data["data.txt"], *more)
+        assert "has no head: what is measured is how close its embeddings are" in line
+    assert "there is none. Name it with --dense" in fails(capsys, 1, "evaluate", out, "-d", data["data.txt"], "--speed", "1")
+
+
+def test_a_model_in_a_subfolder(folders: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """What was pruned from one is measured beside it; the card names neither the folder nor what is in it."""
+    (tmp_path / "outer").mkdir()
+    shutil.copytree(folders["llama"], tmp_path / "outer" / "inner")
+    few = ["--quiet", "--max-examples", "20"]
+    main(["prune", str(tmp_path / "small" / "own"), "-m", str(tmp_path / "outer"), "--subfolder", "inner", *few])
+    assert "--model MODEL --dataset" in (tmp_path / "small" / "own" / "README.md").read_text()
+    capsys.readouterr()
+    main(["evaluate", str(tmp_path / "small"), "--subfolder", "own", "--save", "--json", *few])
+    assert json.loads(capsys.readouterr().out)["dense"]["name"] == str(tmp_path / "outer")
+    assert json.loads((tmp_path / "small" / "own" / "stat_recipe.json").read_text())["metrics"]
+
+
+def test_a_family_without_a_head_is_measured_by_its_embeddings(
+    folders: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    few = ["--quiet", "--json", "--max-examples", "20"]
+    rows = tmp_path / "rows.txt"
+    rows.write_text("\n".join([" ".join(WORDS)] * 30))
+    main(
+        [
+            "sweep",
+            str(tmp_path / "out"),
+            "-m",
+            folders["encoder"],
+            "-d",
+            str(rows),
+            "--keep",
+            "0.9,0.5",
+            "--eval-dataset",
+            str(rows),
+            *few,
+        ]
+    )
+    found = json.loads(capsys.readouterr().out)
+    assert found["metric"] == "cosine_with_dense"
+    assert found["dense_metrics"] == {"cosine_with_dense": 1.0}
+    assert [0.5 < size["metrics"]["cosine_with_dense"] <= 1 for size in found["sizes"]] == [True, True]
+    assert "cosine_with_dense" in (tmp_path / "out" / "0.5" / "README.md").read_text()
+
+
+def test_one_of_several_processes_measures(
+    folders: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of a sweep the others cut; of other commands they do nothing at all, and the main one waits for nobody."""
+    rows = tmp_path / "rows.txt"
+    rows.write_text("\n".join([" ".join(WORDS)] * 30))
+    few, evaluate = ["--quiet", "--max-examples", "20"], ["evaluate", folders["llama"], "-d", str(rows), "--no-dense", "--quiet"]
+    with monkeypatch.context() as patch:
+        waits = SimpleNamespace(as_main=lambda work: None)
+        patch.setattr("optimum_stat.family.Processes", SimpleNamespace(launched=lambda: waits))
+        patch.setattr("optimum_stat.family.measure", lambda *_: pytest.fail("it was measured"))
+        main(
+            [
+                "sweep",
+                str(tmp_path / "out"),
+                "-m",
+                folders["llama"],
+                "-d",
+                str(rows),
+                "--keep",
+                "0.9",
+                "--eval-dataset",
+                str(rows),
+                *few,
+            ]
+        )
+        assert not json.loads((tmp_path / "out" / "0.9" / "stat_recipe.json").read_text())["metrics"]
+    for name, value in (
+        ("WORLD_SIZE", "2"),
+        ("RANK", "0"),
+        ("LOCAL_RANK", "0"),
+        ("MASTER_ADDR", "127.0.0.1"),
+        ("MASTER_PORT", "9"),
+    ):
+        monkeypatch.setenv(name, value)
+    capsys.readouterr()
+    main(evaluate)
+    assert "perplexity" in capsys.readouterr().out
+    assert os.environ["WORLD_SIZE"] == "2"
+    monkeypatch.setattr("optimum_stat.command_base.MAIN", False)
+    main(evaluate)
+    assert capsys.readouterr() == ("", "")
 
 
 def test_files_without_sense_are_refused(folders: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

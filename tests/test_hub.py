@@ -302,6 +302,7 @@ def test_a_base_model_is_measured_at_the_revision_and_in_the_folder_it_was_read_
     assert recipes["closed"]["base_card"] == {"license": "mit"}
     assert not [name for name in recipes if server.token in (tmp_path / name / "stat_recipe.json").read_text()]
     assert f"--model user/base --revision {tagged['v1'][0].sha} --dataset" in (tmp_path / "tag" / "README.md").read_text()
+    assert f"--model user/sub --revision {at['sub']} --subfolder inner --dataset" in (tmp_path / "sub" / "README.md").read_text()
 
 
 def trained(folder: str) -> Any:

@@ -29,6 +29,7 @@ LAYERS = (
         "coherence",
         "hub",
         "folders",
+        "locks",
     },
     {"experts", "offload", "elimination"},
     {"few_pairs"},

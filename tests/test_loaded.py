@@ -83,6 +83,11 @@ def test_a_class_of_its_own_comes_along_and_the_card_says_how_to_load_it(
     data.write_text("w5 w6 w7 w8 w9\n" * 20)
     main(["evaluate", str(tmp_path / "again"), "-d", str(data), "--trust-remote-code", "--quiet", "--json"])
     assert json.loads(capsys.readouterr().out)["dense"]["name"] == str(code)
+    main(["inspect", str(tmp_path / "again"), "--trust-remote-code", "--json"])
+    found = json.loads(capsys.readouterr().out)
+    assert (found["pruned"], found["dense"]["neurons"]) == (pruner.model.config.stat_pruning, [44, 44])
+    main(["inspect", "--dry-run", str(code), "--trust-remote-code", "--json"])
+    assert json.loads(capsys.readouterr().out)["model_type"] == "mine"
 
 
 def without(folder: Path, *names: str) -> None:

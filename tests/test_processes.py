@@ -163,6 +163,21 @@ def test_the_command_under_a_launcher(tmp_path: Path) -> None:
     assert {path.name for path in tmp_path.iterdir()} == {"dense", "data.jsonl", "out"}
 
 
+def test_what_is_wrong_is_said_once(tmp_path: Path) -> None:
+    """By whichever process comes first; also what only the main one can find out."""
+    several.tiny("llama").save_pretrained(tmp_path / "dense")
+    (tmp_path / "data.jsonl").write_text('{"input_ids": [3, 4, 5, 6]}\n' * 40)
+    (tmp_path / "table.json").write_text("{}")
+    script, port = str(Path(sys.executable).parent / "optimum-stat"), str(free_port())
+    start = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", port, "--no-python", script]
+    asked = ["prune", "out", "-m", "dense", "-d", "data.jsonl", "--budget", "latency", "--latency-table", "table.json"]
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(HERE.parent)}
+    done = subprocess.run([*start, *asked], cwd=tmp_path, env=env, capture_output=True, text=True, timeout=200, check=False)
+    assert done.returncode == 1
+    assert len([line for line in done.stderr.splitlines() if line.startswith("error: ")]) == 1
+    assert "it holds no table of latencies" in done.stderr
+
+
 @pytest.mark.parametrize("count", [1, 2, 3, 7])
 @pytest.mark.parametrize("items", [0, 1, 5, 9])
 def test_shares_are_all_there_is(count: int, items: int) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import json
 import os
@@ -22,6 +23,7 @@ from tiny import batches, many, tiny
 from optimum_stat import FisherConfig, FisherPruner, STATConfig, STATPruner, SurgeonConfig, SurgeonPruner
 from optimum_stat.commands import main
 from optimum_stat.journal import INDEX, Journal
+from optimum_stat.locks import InUse
 from optimum_stat.processes import ALONE
 from optimum_stat.walk import BlockWalk
 
@@ -346,6 +348,99 @@ def test_killed_at_random_moments(method: str, kills: int, dense: Path, tmp_path
     assert {path.name for path in tmp_path.iterdir()} == {"whole", "out"}
     assert (output / "model.safetensors").read_bytes() == (tmp_path / "whole" / "model.safetensors").read_bytes()
     assert (output / "config.json").read_text() == (tmp_path / "whole" / "config.json").read_text()
+
+
+@pytest.mark.parametrize("moved", [0, 1, 3])
+def test_killed_while_the_parts_are_moved(moved: int, dense: Path, tmp_path: Path) -> None:
+    """Into a folder that was there: what is left is moved, and nothing that somebody has put beside it goes."""
+    asked, output = command(dense, tmp_path / "out", "stat", "--max-examples", "200"), tmp_path / "out"
+    output.mkdir()
+    process = os.fork()
+    if not process:
+        rename, left = Path.rename, [moved + 1]  # the whole folder is renamed first
+
+        def counted(self: Path, to: Any) -> Path:
+            if not left[0]:
+                os.kill(os.getpid(), signal.SIGKILL)
+            left[0] -= "out" in Path(to).parts
+            return rename(self, to)
+
+        Path.rename = counted  # type: ignore[method-assign]
+        try:
+            main(asked)
+        finally:
+            os._exit(1)
+    assert os.WIFSIGNALED(os.waitpid(process, 0)[1])
+    assert len([path for path in output.iterdir() if not path.name.startswith(".")]) == moved
+    (output / "notes.txt").touch()
+    main([*asked, "--resume"])
+    (output / "notes.txt").unlink()
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    main(command(dense, tmp_path / "whole", "stat", "--max-examples", "200"))
+    assert {path.name for path in output.iterdir()} == {path.name for path in (tmp_path / "whole").iterdir()}
+    assert (output / "model.safetensors").read_bytes() == (tmp_path / "whole" / "model.safetensors").read_bytes()
+
+
+@pytest.fixture
+def at_work() -> Iterator[Callable[[Path], int]]:
+    """Call it with a folder: the number of a process that is at work in it, until it is killed."""
+    started: list[int] = []
+
+    def start(folder: Path) -> int:
+        reading, writing = os.pipe()
+        process = os.fork()
+        if not process:
+            try:
+                journal = Journal.open(folder, {}, ALONE)
+                os.write(writing, b".")
+                while journal:
+                    time.sleep(60)
+            finally:
+                os._exit(1)
+        started.append(process)
+        assert os.read(reading, 1) == b"."
+        os.close(reading)
+        os.close(writing)
+        return process
+
+    yield start
+    for process in started:
+        with contextlib.suppress(ProcessLookupError, ChildProcessError):
+            os.kill(process, signal.SIGKILL)
+            os.waitpid(process, 0)
+
+
+def test_two_at_once(at_work: Callable[[Path], int], dense: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The second is told, before any work, and takes nothing away from the first; a process that was killed is none."""
+    process = at_work(tmp_path / "out.resume")
+    asked = command(dense, tmp_path / "out", "stat", "--max-examples", "200")
+    for more in ([], ["--resume"]):
+        with pytest.raises(SystemExit):
+            main([*asked, *more])
+        found = capsys.readouterr().err
+        assert f"error: {tmp_path / 'out.resume'} is in use: process {process} on " in found
+        assert found.endswith("is at work in it. Nothing was done; wait until it ends.\n")
+    assert (tmp_path / "out.resume" / "1-of-1").is_dir()
+    with pytest.raises(InUse):
+        pruned("stat", "llama", tmp_path / "out.resume")
+    os.kill(process, signal.SIGKILL)
+    os.waitpid(process, 0)
+    with pytest.raises(SystemExit):
+        main([*asked, "--resume"])
+    assert "holds what another run has done" in capsys.readouterr().err
+
+
+def test_who_comes_second_deletes_nothing_of_the_first(
+    at_work: Callable[[Path], int], dense: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Both were started at the same time, and found nothing."""
+    read = STATPruner.from_pretrained
+    monkeypatch.setattr(
+        STATPruner, "from_pretrained", lambda *args, **more: (at_work(tmp_path / "out.resume"), read(*args, **more))[1]
+    )
+    with pytest.raises(SystemExit):
+        main(command(dense, tmp_path / "out", "stat", "--max-examples", "200"))
+    assert (tmp_path / "out.resume" / "1-of-1" / INDEX).is_file()
 
 
 @pytest.mark.parametrize("stop", [KeyboardInterrupt, OSError("disk"), ValueError("not again")])

@@ -21,6 +21,7 @@ from ..gradients import Sensitivity, sensitivities
 from ..knapsack import allocate_exactly
 from ..linalg import sums_of_what_goes
 from ..probes import OVERFLOW, has_loss, num_predictions
+from ..processes import is_main
 from ..pruner import Pruner
 from ..slicing import Plan
 from . import fisher_tuning
@@ -162,7 +163,8 @@ class FisherPruner(Pruner[FisherConfig]):
         if not self.config.rearrange:
             return plan
         shrinkage = (lambda _: 0.0) if self.config.published else estimated_shrinkage
-        gradients = tqdm(ranking.gradients.items(), desc="Rearranging", unit="group")
+        hidden = None if is_main() else True
+        gradients = tqdm(ranking.gradients.items(), desc="Rearranging", unit="group", disable=hidden)
         return {name: rearranged(own, plan[name], shrinkage(own)) for name, own in gradients}
 
     def repair(self, groups: list[Group], plan: Plan, batches: Batches) -> None:

@@ -73,7 +73,7 @@ def shoot(model: nn.Module, keep: float, batches: Batches, config: SurgeonConfig
     with ExitStack() as stack:
         with stage("measure"):
             load = stack.enter_context(kept_factors(model, layers, batches, config.labels, config.seed))
-            for block in tqdm(layers, desc="Ranking", unit="block"):
+            for block in tqdm(layers, desc="Ranking", unit="block", disable=None if batches.processes.is_main else True):
                 for linear, factors in load(block).items():
                     threshold.see(*_costs(linear, factors, config))
             threshold.settle(total - int(keep * total))
