@@ -136,7 +136,10 @@ def _push(
                 f"Nothing was pushed to {to.repo_id}, and the model in memory is unharmed: what is to be pushed could not be "
                 f"written to the folder for temporary files: {error}. Make room, or set TMPDIR to a folder that has it.",
             ) from error
-        return publish(folder, to, commit_message, revision, create_pr)
+        try:
+            return publish(folder, to, commit_message, revision, create_pr)
+        except ConnectionError as error:
+            raise ConnectionError(f"{error} Try again, or keep it with save_pretrained(folder).") from error
 
 
 def write_repo(pruner: Pruner[Any], folder: Path, name: str, **kwargs: Any) -> None:

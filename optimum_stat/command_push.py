@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
+import re
 from pathlib import Path
 from typing import Any, final
 
 from . import command_options, folders
-from .command_base import Command, Result
+from .command_base import LOGGER, Command, Result
 
 
 @final
@@ -36,7 +38,12 @@ class PushCommand(Command):
         from . import publishing
         from .hub import Destination
 
-        to = Destination.checked(args.repo_id or args.folder.absolute().name, private=args.private or None)
+        name = args.repo_id or Path(os.path.abspath(args.folder)).name
+        try:
+            to = Destination.checked(name, private=args.private or None)
+        except ValueError as error:
+            own = "" if args.repo_id else f" {name!r} is FOLDER's name; REPO_ID takes another."
+            raise ValueError(f"{error}{own} Nothing was pushed.") from error
         card = {"README.md": text} if (text := _card(args.folder, recipe, to.repo_id)) else {}
         url = publishing.publish(args.folder, to, args.commit_message, args.revision, args.create_pr, instead=card)
         return f"pushed: {url}", {"url": url}
@@ -47,6 +54,7 @@ def _whole(folder: Path) -> dict[str, Any]:
 
     Raises:
         FileNotFoundError: something is missing.
+        ValueError: something is damaged.
     """
     from .hub import WEIGHTS
 
@@ -55,27 +63,41 @@ def _whole(folder: Path) -> dict[str, Any]:
             f"{folder} has no {folders.RECIPE}, so neither `prune` nor a pruner's save_pretrained wrote it. Nothing was pushed."
         )
     weights = {each.name for each in folder.iterdir() if WEIGHTS.fullmatch(each.name)}
-    shards = {each for name in weights if ".index." in name for each in _read(folder / name)["weight_map"].values()}
-    missing = sorted(({"config.json"} | shards) - {each.name for each in folder.iterdir()}) + ([] if weights else ["weights"])
+    shards = {each for name in weights if ".index." in name for each in _read(folder / name, "weight_map")["weight_map"].values()}
+    missing = sorted(({"config.json"} | shards) - {each.name for each in folder.iterdir()})
+    if all(re.search(r"-\d{5}-of-\d{5}\.", name) for name in weights):
+        missing.append("the index of its weights" if weights else "weights")
     if missing:
         raise FileNotFoundError(f"{folder} lacks {', '.join(missing)}, without which nothing can load it. Nothing was pushed.")
-    return _read(folder / folders.RECIPE)
+    return _read(folder / folders.RECIPE, "method", "base_model", "architecture", "config", "record", "report")
 
 
-def _read(path: Path) -> dict[str, Any]:
+def _read(path: Path, *names: str) -> dict[str, Any]:
+    """An object of JSON that has all of `names`."""
     try:
         found: dict[str, Any] = json.loads(path.read_text())
     except ValueError as error:
         raise ValueError(f"{path} is damaged: {error}. Nothing was pushed.") from error
+    lacking = [name for name in names if not isinstance(found, dict) or name not in found]
+    if lacking:
+        raise ValueError(f"{path} is damaged: it has no {', '.join(lacking)}. Nothing was pushed.")
     return found
 
 
 def _card(folder: Path, recipe: dict[str, Any], repo_id: str) -> bytes | None:
-    """The card under the repo's name; None: it is no longer as it was written, and what somebody made of it is to stay."""
+    """The card under the repo's name, whatever the folder was called when it was written; None: somebody has changed it, or
+    there is none, and so it stays.
+    """
     from . import card
     from .recipe_update import paper_of
 
     path, paper = folder / "README.md", paper_of(folder, recipe)
+    if not path.is_file():
+        return None
     pictures = [each.stem for each in (folder / card.PICTURES).glob("*.png")]
-    unchanged = path.is_file() and path.read_text() == card.render(recipe, folder.absolute().name, paper, pictures)
-    return card.render(recipe, repo_id, paper, pictures).encode() if unchanged else None
+    found = path.read_text("utf-8", "replace")
+    name = re.search(r'from_pretrained\("(.+?)"', found)
+    if name and found == card.render(recipe, name[1], paper, pictures):
+        return card.render(recipe, repo_id, paper, pictures).encode()
+    LOGGER.info("%s is no longer as it was written, so it is pushed as it is.", path)
+    return None

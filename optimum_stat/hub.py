@@ -27,7 +27,6 @@ READERS = re.compile(
 """These would be loaded beside the new tokenizer or processor, if there is one."""
 
 AS_BEFORE = "The repo is as it was before, at most newly made."
-KEEP = "Try again, or keep the model with save_pretrained(folder)."
 SILENCE = 120.0
 """Seconds for which a Hub that has been asked something may say nothing."""
 
@@ -80,14 +79,14 @@ class Destination:
     def upload(self, files: Mapping[str, Path | bytes], message: str, revision: str | None, create_pr: bool) -> str:
         """Files or contents, by name, in one commit, in place of other weights; returns its address. A missing branch is made."""
         api, name = self.api, self.repo_id
-        with _explained(name, api, lambda: f"{AS_BEFORE} {KEEP}"):
+        with _explained(name, api, lambda: AS_BEFORE):
             api.create_repo(name, private=self.private, exist_ok=True)
             if revision is not None and not create_pr and not revision.startswith("refs/"):
                 api.create_branch(name, branch=revision, exist_ok=True)
             found = api.model_info(name, revision=revision)
             stale = stale_files([each.rfilename for each in found.siblings or ()], files)
         _refuse_public(name, bool(self.private) and not found.private)
-        with _explained(name, api, lambda: f"{self._fate(revision, found.sha, create_pr)} {KEEP}"):
+        with _explained(name, api, lambda: self._fate(revision, found.sha, create_pr)):
             new = [CommitOperationAdd(each, content) for each, content in files.items()]
             old = [CommitOperationDelete(each, is_folder=False) for each in stale]
             commit = api.create_commit(name, [*new, *old], commit_message=message, revision=revision, create_pr=create_pr)

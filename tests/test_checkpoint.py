@@ -427,7 +427,7 @@ def test_a_lost_connection_leaves_the_repo_and_the_model_as_they_were(pushed: di
         server.fail_commits = False
     assert found["type"] == "ConnectionError"
     assert f"Pushing to user/open at {server.endpoint} failed: " in found["text"]
-    assert "keep the model with save_pretrained(folder)" in found["text"]
+    assert "keep it with save_pretrained(folder)" in found["text"]
     assert found["same"]
     assert server.files("user/open") == before
     assert equal(AutoModelForCausalLM.from_pretrained(tmp_path / "kept"), AutoModelForCausalLM.from_pretrained(tmp_path / "kept"))

@@ -32,6 +32,22 @@ main(["push", str(folder), "user/other"])
 main(["push", str(folder), "user/edited", "--revision", "v2", "--commit-message", "mine"])
 """
 
+CALLED = """
+import os
+from pathlib import Path
+from optimum_stat.commands import main
+from test_checkpoint import pruner_of
+
+folder = Path(sys.argv[1])
+pruner_of("llama").save_pretrained(folder)
+folder.with_name("link").symlink_to(folder)
+main(["push", str(folder.with_name("link"))])
+moved = folder.rename(folder.with_name("moved"))
+(moved / "inner").mkdir()
+os.chdir(moved / "inner")
+main(["push", ".."])
+"""
+
 
 @pytest.fixture(scope="module")
 def server() -> Iterator[HubServer]:
@@ -68,8 +84,29 @@ def test_a_saved_model_is_pushed_whole(server: HubServer, tmp_path: Path) -> Non
     assert "# other\n" in other["README.md"].decode()
     branch = server.repos["user/edited"].branches["v2"]
     assert branch[-1].message == "mine"
+    assert done.stderr.count("README.md is no longer as it was written") == 1
     assert branch[-1].files["README.md"] == here["README.md"]
     assert set(edited) == {".gitattributes"}
+
+
+def test_the_card_gets_the_name_of_the_repo_whatever_the_folder_is_called(server: HubServer, tmp_path: Path) -> None:
+    """Another one than when it was written: the folder was moved, or is a link, or the place one stands in."""
+    done = run_client(server, CALLED, tmp_path / "home", tmp_path / "first")
+    assert done.returncode == 0, done.stderr
+    for name in ("link", "moved"):
+        assert f'from_pretrained("user/{name}")' in server.files(f"user/{name}")["README.md"].decode()
+        assert f"# {name}\n" in server.files(f"user/{name}")["README.md"].decode()
+
+
+def test_a_push_that_fails_does_not_say_to_save_what_is_saved(server: HubServer, tmp_path: Path) -> None:
+    server.fail_commits = True
+    try:
+        done = run_client(server, RUN, tmp_path / "home", tmp_path / "lost")
+    finally:
+        server.fail_commits = False
+    assert done.returncode == 1
+    assert "Pushing to user/lost" in done.stderr.splitlines()[-1]
+    assert "save_pretrained" not in done.stderr.splitlines()[-1]
 
 
 def test_what_is_not_whole_is_not_pushed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -87,5 +124,23 @@ def test_what_is_not_whole_is_not_pushed(tmp_path: Path, capsys: pytest.CaptureF
     (folder / "config.json").unlink()
     said = fails(capsys, 1, "push", str(folder), "me/it")
     assert "lacks config.json, model-00002-of-00002.safetensors, without which" in said
-    index.write_text("{")
-    assert f"{index} is damaged" in fails(capsys, 1, "push", str(folder), "me/it")
+    index.unlink()
+    assert "lacks config.json, the index of its weights, without which" in fails(capsys, 1, "push", str(folder), "me/it")
+    for damaged in ("{", "{}", "[]"):
+        index.write_text(damaged)
+        assert f"{index} is damaged: " in fails(capsys, 1, "push", str(folder), "me/it")
+    index.unlink()
+    for name in ("model.safetensors", "config.json"):
+        (folder / name).touch()
+    assert "stat_recipe.json is damaged: it has no method, base_model" in fails(capsys, 1, "push", str(folder), "me/it")
+
+
+def test_a_folder_whose_name_no_repo_can_have(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = tmp_path / "my model"
+    folder.mkdir()
+    for name in ("model.safetensors", "config.json"):
+        (folder / name).touch()
+    names = ("method", "base_model", "architecture", "config", "record", "report")
+    (folder / "stat_recipe.json").write_text(json.dumps(dict.fromkeys(names)))
+    said = fails(capsys, 1, "push", str(folder))
+    assert said.endswith("'my model' is FOLDER's name; REPO_ID takes another. Nothing was pushed.")
