@@ -93,8 +93,13 @@ class Unfinished:
             shutil.rmtree(folder, ignore_errors=True)
 
     def _remove(self) -> None:
-        """The folder, or the link to it: where that leads is the user's."""
+        """The folder, or the link to it: where that leads is the user's. Not that of another run, which began meanwhile."""
         if not MAIN or not self.folder.exists():
+            return
+        try:
+            for own in self.folder.glob("1-of-*"):  # this process's; the rest may be held by others of this run
+                locks.refuse_in_use(own)
+        except locks.InUse:
             return
         for own in self.folder.iterdir():
             shutil.rmtree(own, ignore_errors=True)

@@ -23,7 +23,7 @@ from tiny import batches, many, tiny
 from optimum_stat import FisherConfig, FisherPruner, STATConfig, STATPruner, SurgeonConfig, SurgeonPruner
 from optimum_stat.commands import main
 from optimum_stat.journal import INDEX, Journal
-from optimum_stat.locks import InUse
+from optimum_stat.locks import InUse, refuse_in_use, take
 from optimum_stat.processes import ALONE
 from optimum_stat.walk import BlockWalk
 
@@ -430,11 +430,40 @@ def test_two_at_once(at_work: Callable[[Path], int], dense: Path, tmp_path: Path
     assert "holds what another run has done" in capsys.readouterr().err
 
 
+def test_those_that_only_look_are_not_at_work(tmp_path: Path) -> None:
+    """All processes of a launcher look at the same time."""
+    (tmp_path / "lock").touch()
+    looking, ready, end = take(tmp_path, to_look=True), os.pipe(), os.pipe()
+    assert looking is not None
+    process = os.fork()
+    if not process:
+        held = take(tmp_path, to_look=True)
+        os.write(ready[1], b"." if held else b"!")
+        os.read(end[0], 1)
+        os._exit(0)
+    assert os.read(ready[0], 1) == b"."
+    refuse_in_use(tmp_path)
+    with pytest.raises(InUse):
+        take(tmp_path)
+    os.write(end[1], b".")
+    os.waitpid(process, 0)
+
+
+def test_a_copy_of_a_journal_does_not_close_its_lock(tmp_path: Path) -> None:
+    journal = Journal.open(tmp_path, {}, ALONE)
+    assert journal._lock is not None
+    copy.deepcopy(journal)
+    os.fstat(journal._lock._handle)
+
+
+@pytest.mark.parametrize("fails", [False, True])
 def test_who_comes_second_deletes_nothing_of_the_first(
-    at_work: Callable[[Path], int], dense: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    fails: bool, at_work: Callable[[Path], int], dense: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Both were started at the same time, and found nothing."""
+    """Both were started at the same time, and found nothing; also where the second fails before it looks again."""
     read = STATPruner.from_pretrained
+    if fails:
+        monkeypatch.setattr("optimum_stat.calibration.read", lambda *_: int("not data"))
     monkeypatch.setattr(
         STATPruner, "from_pretrained", lambda *args, **more: (at_work(tmp_path / "out.resume"), read(*args, **more))[1]
     )
