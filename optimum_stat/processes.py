@@ -96,7 +96,7 @@ class Processes:
                 value = work()
             except Exception as error:
                 failed = error
-        kind = next((each.__name__ for each in type(failed).__mro__ if each.__module__ == "builtins"), "")
+        kind = next((each.__name__ for each in type(failed).__mro__ if _takes_a_message(each)), "")
         try:
             value, kind, message = self.tell((value, "" if failed is None else kind, str(failed)), patient)
         finally:
@@ -133,6 +133,11 @@ class Processes:
             f"Process {self.index} of {self.count} has lost another one and ends too; no model was written. If the other one "
             f"ended by itself, its own message says why. ({why[0] if why else type(error).__name__})"
         )
+
+
+def _takes_a_message(kind: type) -> bool:
+    """Whether it is an exception of Python that can be made of a message alone."""
+    return kind.__module__ == "builtins" and kind.__base__ is not UnicodeError
 
 
 ALONE = Processes()

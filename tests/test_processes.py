@@ -178,6 +178,17 @@ def test_what_is_wrong_is_said_once(tmp_path: Path) -> None:
     assert "it holds no table of latencies" in done.stderr
 
 
+def test_others_are_told_of_an_error_that_no_message_alone_can_make(monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[Any] = []
+    monkeypatch.setattr(Processes, "_patient", lambda self: None)
+    monkeypatch.setattr(Processes, "tell", lambda self, value, group: told.append(value) or value)
+    with pytest.raises(UnicodeDecodeError):
+        Processes(0, 2).as_main(lambda: b"\xff".decode())
+    monkeypatch.setattr(Processes, "tell", lambda self, value, group: told[0])
+    with pytest.raises(ValueError, match="The main process failed: 'utf-8' codec can't decode"):
+        Processes(1, 2).as_main(lambda: None)
+
+
 @pytest.mark.parametrize("count", [1, 2, 3, 7])
 @pytest.mark.parametrize("items", [0, 1, 5, 9])
 def test_shares_are_all_there_is(count: int, items: int) -> None:
