@@ -42,11 +42,11 @@ def place(text: str) -> Path:
     path = Path(text)
     path = path.resolve() if ".." in path.parts else path
     try:
-        name = str(path.absolute()).encode().rpartition(b"/")[2]
+        str(path.absolute()).encode()
     except UnicodeEncodeError:  # what writes weights takes no other names
         raise argparse.ArgumentTypeError(f"{text!r} asked, which is no name in UTF-8.") from None
-    if len(name) > LONGEST:
-        raise argparse.ArgumentTypeError(f"{text!r} asked; a name can have {LONGEST} bytes, this one has {len(name)}.")
+    if (length := len(path.absolute().name.encode())) > LONGEST:
+        raise argparse.ArgumentTypeError(f"{text!r} asked; a name can have {LONGEST} bytes, this one has {length}.")
     return path
 
 
