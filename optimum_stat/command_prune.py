@@ -58,7 +58,7 @@ class PruneCommand(Command):
             if not left.written:
                 left.clear_half_written()
                 pruner.save_pretrained(args.output)
-            url = _pushed(pruner, repo_id, args) if repo_id else None
+            url = _pushed(repo_id, args) if repo_id else None
         from .remote_code import own_auto_class
 
         own = own_auto_class(pruner.model)
@@ -106,10 +106,13 @@ def _repo_id(args: Any) -> str | None:
     return name
 
 
-def _pushed(pruner: Any, repo_id: str, args: Any) -> str:
+def _pushed(repo_id: str, args: Any) -> str:
     """The commit's address. Whatever goes wrong, hours of work are saved and can be pushed later."""
+    from .command_push import push
+    from .processes import Processes
+
     try:
-        return str(pruner.push_to_hub(repo_id, private=args.private or None))
+        return Processes.launched().as_main(lambda: push(args.output, repo_id, args.private))
     except Exception as error:
         command = ["optimum-cli", "stat", "push", str(args.output), repo_id, *(["--private"] if args.private else [])]
         raise RuntimeError(f"{error} The model is saved: `{shlex.join(command)}` pushes it.") from error

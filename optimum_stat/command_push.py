@@ -32,21 +32,33 @@ class PushCommand(Command):
         command_options.add_output_options(parser)
 
     def work(self) -> Result:
-        """Look whether all is there, ask the Hub, push."""
+        """Push it."""
         args = self.args
-        recipe = _whole(args.folder)
-        from . import publishing
-        from .hub import Destination
-
-        name = args.repo_id or Path(os.path.abspath(args.folder)).name
-        try:
-            to = Destination.checked(name, private=args.private or None)
-        except ValueError as error:
-            own = "" if args.repo_id else f" {name!r} is FOLDER's name; REPO_ID takes another."
-            raise ValueError(f"{error}{own} Nothing was pushed.") from error
-        card = {"README.md": text} if (text := _card(args.folder, recipe, to.repo_id)) else {}
-        url = publishing.publish(args.folder, to, args.commit_message, args.revision, args.create_pr, instead=card)
+        url = push(args.folder, args.repo_id, args.private, args.commit_message, args.revision, args.create_pr)
         return f"pushed: {url}", {"url": url}
+
+
+def push(
+    folder: Path,
+    repo_id: str | None,
+    private: bool,
+    message: str | None = None,
+    revision: str | None = None,
+    create_pr: bool = False,
+) -> str:
+    """Look whether all is there, ask the Hub, push; returns the commit's address. No repo_id: the name of the folder."""
+    recipe = _whole(folder)
+    from . import publishing
+    from .hub import Destination
+
+    name = repo_id or Path(os.path.abspath(folder)).name
+    try:
+        to = Destination.checked(name, private=private or None)
+    except ValueError as error:
+        own = "" if repo_id else f" {name!r} is FOLDER's name; REPO_ID takes another."
+        raise ValueError(f"{error}{own} Nothing was pushed.") from error
+    card = {"README.md": text} if (text := _card(folder, recipe, to.repo_id)) else {}
+    return publishing.publish(folder, to, message, revision, create_pr, instead=card)
 
 
 def _whole(folder: Path) -> dict[str, Any]:

@@ -20,7 +20,7 @@ from torch import Tensor
 
 T = TypeVar("T")
 OF_MAIN = "The main process failed: "
-PATIENCE = timedelta(days=30)  # with what one process does alone, in place of the minutes of a sum; one that dies is noticed
+PATIENCE = timedelta(days=1)  # with what one process does alone, in place of the minutes of a sum; one that dies is noticed
 
 
 @dataclass(frozen=True)

@@ -377,3 +377,8 @@ def test_a_push_that_fails_after_the_work_says_how_to_push_what_is_saved(server:
     assert files["model.safetensors"] == (out / "model.safetensors").read_bytes()
     assert [each for each, content in files.items() if b"SECRET" in content] == []
     assert server.is_private(name)
+    if method == "stat":  # it wrote down what it had finished, so the same command can go on, too
+        del server.repos[name]
+        again = run_client(server, code, tmp_path / "home", *argv, "--resume")
+        assert f"pushed: {server.endpoint}/{name}/commit/" in again.stdout, again.stderr
+        assert server.files(name) == files
