@@ -369,6 +369,7 @@ def test_a_push_that_fails_after_the_work_says_how_to_push_what_is_saved(server:
     assert done.returncode == 1
     line = done.stderr.splitlines()[-1]
     assert f"Pushing to {name} at {server.endpoint} failed: " in line
+    assert "save_pretrained" not in line
     command = shlex.split(line.partition("The model is saved: `")[2].partition("` pushes it")[0])
     assert command == ["optimum-cli", "stat", "push", str(out), name, "--private"]
     cli = Path(sys.executable).parent / command[0]
