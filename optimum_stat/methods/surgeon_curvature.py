@@ -2,7 +2,8 @@
 
 For a linear layer `y = W a + b` the Fisher information of `[W, b]` is taken as `G (x) A`, with `A = E[a a^T]` over real tokens, a
 ending with the constant 1, and `G = E[g g^T]`, g the gradient of the loss at y. Source: K-FAC (1503.05671) as The LLM Surgeon
-(2312.17244) uses it. A factor's scale means nothing: one loss is behind all of them.
+(2312.17244) uses it; the authors' code can also fit the nearest product, or a sum of two, but none of its scripts does. A
+factor's scale means nothing: one loss is behind all of them.
 """
 
 from __future__ import annotations
