@@ -55,8 +55,8 @@ def push(
     try:
         to = Destination.checked(name, private=private or None)
     except ValueError as error:
-        own = "" if repo_id else f" {name!r} is FOLDER's name; REPO_ID takes another."
-        raise ValueError(f"{error}{own} Nothing was pushed.") from error
+        own = "" if repo_id else f" {name!r} is FOLDER's name; REPO_ID takes another. Nothing was pushed."
+        raise ValueError(f"{error}{own}") from error
     card = {"README.md": text} if (text := _card(folder, recipe, to.repo_id)) else {}
     return publishing.publish(folder, to, message, revision, create_pr, instead=card)
 
